@@ -1,0 +1,130 @@
+# `make` alone lists the targets. The environment lives in .venv and is made when a target first needs it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV        ?= .venv
+BIN         := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+EXTRAS      ?= dev
+# The CUDA extra that `make test-gpu` installs: cu13 or cu12, as torch was built.
+CUDA        ?= cu13
+# More arguments for pytest: make test ARGS="-k packing -x"
+ARGS        ?=
+
+ROOMS := calib formats kernels recipes
+CODE  := qoq_cli $(ROOMS) tests $(wildcard benchmarks)
+
+# Tests run without a network, and one thread a process: xdist already gives every core a process.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST   := $(TEST_ENV) $(BIN)/pytest
+PARALLEL := -n logical --maxprocesses 8
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# ---- environment
+
+PYTHONS   := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+STAMP     := $(VENV)/.setup-$(EXTRAS)
+GPU_STAMP := $(VENV)/.setup-$(EXTRAS)-$(CUDA)
+
+.PHONY: setup
+setup: $(STAMP) ## make .venv with the pinned packages (PYTHON=python3.12 picks the interpreter)
+
+# pip comes last into a new environment: without it an earlier attempt was cut short.
+$(BIN)/pip:
+	@for candidate in $(PYTHONS); do \
+	  if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "$$candidate -m venv $(VENV)"; exec "$$candidate" -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "setup: no Python 3.11 or newer with its venv module found (tried: $(PYTHONS))." \
+	  "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
+	exit 3
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(GPU_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS),$(CUDA)]'
+	@touch $@
+
+# ---- the main job
+
+.PHONY: demo
+demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
+demo: export HF_HUB_OFFLINE := 1
+demo: setup ## quantize the embedded model two ways, verify, compare (no GPU, no network)
+	qoq quantize tiny --recipe rtn-g128 -o build/demo/tiny-rtn --restart
+	qoq quantize tiny --recipe qoq-g128 -o build/demo/tiny-qoq --restart
+	qoq verify build/demo/tiny-qoq --against tiny
+	qoq eval build/demo/tiny-rtn build/demo/tiny-qoq --baseline tiny --ppl builtin
+
+# ---- tests
+
+.PHONY: test
+test: setup ## fast tests, on the CPU
+	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: setup ## the slow tests: wheel installation, whole runs
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(GPU_STAMP) ## tests that need a GPU; fails when every one was skipped
+	@mkdir -p build
+	$(PYTEST) -m gpu -rs --junitxml=build/test-gpu.xml $(ARGS)
+	@$(BIN)/python -c 'import sys; from xml.etree import ElementTree; \
+	suite = ElementTree.parse("build/test-gpu.xml").find("testsuite").attrib; \
+	ran = int(suite["tests"]) - int(suite["skipped"]); \
+	sys.exit(None if ran else "test-gpu: every GPU test was skipped; `qoq doctor` says what is missing")'
+
+# ---- checks
+
+.PHONY: check
+check: fmt-check lint types contracts ## formatting, lint, types, direction of imports
+
+.PHONY: fmt
+fmt: setup ## format the code and sort the imports
+	$(BIN)/ruff check --quiet --select I --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+.PHONY: fmt-check
+fmt-check: setup
+	$(BIN)/ruff format --check $(CODE)
+
+.PHONY: lint
+lint: setup ## ruff
+	$(BIN)/ruff check $(CODE)
+
+# Static tools cannot follow the import hook of an editable install: they read the same files through a tree of links
+# that has the installed names.
+.PHONY: typed-tree
+typed-tree:
+	@mkdir -p build/typed/qoq
+	@for room in $(ROOMS); do ln -sfn ../../../$$room build/typed/qoq/$$room; done
+	@ln -sfn ../../qoq_cli build/typed/qoq_cli
+
+.PHONY: types
+types: setup typed-tree ## mypy, strict
+	MYPYPATH=build/typed $(BIN)/mypy -p qoq -p qoq_cli
+
+.PHONY: contracts
+contracts: setup typed-tree ## which room may import which (import-linter)
+	PYTHONPATH=build/typed $(BIN)/lint-imports --no-logo --no-cache
+
+# ---- packages
+
+.PHONY: wheel
+wheel: setup ## build sdist and wheel into dist/
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --outdir dist
+
+.PHONY: clean
+clean: ## remove everything built or cached, but .venv and checkpoints
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
