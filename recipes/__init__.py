@@ -1,0 +1,1 @@
+"""What to do: recipes, model families and error classes, as data. No arrays here."""

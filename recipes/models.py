@@ -1,0 +1,52 @@
+"""Short names of models (`llama-3-8b`), read from models.yaml."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from types import MappingProxyType
+
+import yaml
+
+from qoq.recipes.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelAlias:
+    """A short name and what it stands for; the fields are described in models.yaml."""
+
+    name: str
+    family: str
+    hub_id: str | None = None
+    note: str = ""
+    gated: bool = False
+    refused: str | None = None
+
+    @property
+    def is_embedded(self) -> bool:
+        """True for the models that come with qoq."""
+        return self.hub_id is None
+
+
+@lru_cache(maxsize=1)
+def model_aliases() -> Mapping[str, ModelAlias]:
+    """Every alias by its name, in the order of models.yaml; read-only."""
+    table = yaml.safe_load((files("qoq.recipes") / "models.yaml").read_text(encoding="utf-8"))
+    return MappingProxyType({name: ModelAlias(name, **fields) for name, fields in table.items()})
+
+
+def find_alias(name: str) -> ModelAlias:
+    """The alias called `name`, in any case of letters. A refused alias is returned too: see its `refused`.
+
+    Raises InputError, naming the closest aliases, when there is none.
+    """
+    aliases = model_aliases()
+    alias = aliases.get(name.lower())
+    if alias is not None:
+        return alias
+    close = difflib.get_close_matches(name.lower(), aliases, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise InputError(f"model {name!r}: no such alias", remedy=f"{hint}`qoq models` lists every alias")

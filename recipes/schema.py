@@ -1,0 +1,82 @@
+"""The recipe: every choice that decides which numbers a checkpoint holds."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+GROUP_SIZE = 128
+"""The only level-2 group size; the packed kernels read no other."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SmoothAttention(_Frozen):
+    """SmoothAttention (QServe paper, section 4.2): keys / lambda, queries * lambda, so that keys quantize well.
+
+    lambda = absmax(K)^alpha / absmax(Q)^beta for each channel of a KV head, one for both channels of a RoPE pair.
+    `fixed` uses `alpha` and `beta` as given. `search` tries each of `alphas` with beta = 1 - alpha, and each KV head
+    takes the one whose 4-bit keys change the attention output least: with alpha + beta = 1 any outlier in the keys that
+    the queries undo cancels exactly.
+    """
+
+    mode: Literal["fixed", "search"] = "search"
+    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    beta: float = Field(0.0, ge=0.0, le=1.0)
+    alphas: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875, 1.0)
+    search_tokens: int = Field(16384, ge=1, description="calibration tokens the search looks at")
+
+    @model_validator(mode="after")
+    def _check_alphas(self) -> SmoothAttention:
+        if not self.alphas or not all(0.0 <= a <= 1.0 for a in self.alphas):
+            raise ValueError(f"alphas must be one or more numbers in [0, 1], got {list(self.alphas)}")
+        return self
+
+
+class Calibration(_Frozen):
+    """What text the observations are made on: `samples` windows of `seq_len` tokens."""
+
+    dataset: str = "pileval"
+    samples: int = Field(128, ge=1)
+    seq_len: int = Field(1024, ge=16)
+    seed: int = 0
+
+
+class Recipe(_Frozen):
+    """How a model becomes a W4A8KV4 checkpoint.
+
+    `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
+    `rounding` names a function of qoq.calib.round. A transform that is None is not applied.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    description: str = ""
+    group_size: Literal[128] | None = 128
+    zero_domain: Literal["pre_scale"] = "pre_scale"
+    rounding: Literal["rtn"] = "rtn"
+    act_bits: Literal[8, 16] = 8
+    kv_bits: Literal[4, 8, 16] = 4
+    smooth_attention: SmoothAttention | None = None
+    calibration: Calibration = Calibration()
+    include: tuple[str, ...] = Field((), description="regular expressions: only linears that match one are quantized")
+    ignore: tuple[str, ...] = Field((), description="regular expressions: linears that match one stay in 16 bit")
+
+    @field_validator("include", "ignore")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+        return patterns
+
+    @property
+    def scheme(self) -> str:
+        """The short form used in folder names, such as `w4a8kv4-g128`."""
+        weights = "g128" if self.group_size else "per-channel"
+        return f"w4a{self.act_bits}kv{self.kv_bits}-{weights}"
