@@ -1,0 +1,151 @@
+"""The numbers of W4A8KV4, defined once: activations, the integer product, the KV cache.
+
+Evaluation, the oracles and the kernels all mean these definitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qoq.formats.quantized_linear import QuantizedLinear
+
+ACT_QMAX = 127
+KvBits = Literal[4, 8, 16]
+_EXACT_K = 1024
+"""|act * weight| <= 127 * 128, so sums over 1024 inputs stay below 2**24, where float32 counts every integer."""
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """codes int8 [M, K] in -127..127, scales float32 [M], sums int32 [M] (the sum of a token's codes)."""
+
+    codes: Tensor
+    scales: Tensor
+    sums: Tensor
+
+
+def quantize_activation(x: Tensor) -> QuantizedActivation:
+    """Per-token symmetric int8 of x [M, K]: scale = amax / 127 in float32, codes rounded half to even.
+
+    A token of zeros, or one so small that its scale vanishes, gets scale 1 and codes 0. A NaN or an infinity in a token
+    makes its scale NaN or infinite, so that it reaches the output.
+    """
+    x = x.float()
+    scales = x.abs().amax(dim=1) / ACT_QMAX
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    codes = torch.clamp(torch.round(x / scales.unsqueeze(1)), -ACT_QMAX, ACT_QMAX).to(torch.int8)
+    return QuantizedActivation(codes, scales, codes.sum(dim=1, dtype=torch.int32))
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A linear decoded for multiplying, on one device.
+
+    values     int8 [N, K]: level-1 weights (progressive) or raw codes 0..15 (per channel)
+    s1_scales  float32 [N]
+    s1_szeros  float32 [N], per channel only
+    bias       float32 [N] or None
+    """
+
+    values: Tensor
+    s1_scales: Tensor
+    s1_szeros: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def decode(linear: QuantizedLinear, device: torch.device | str = "cpu") -> IntegerWeight:
+        """Decode `linear` onto `device`, padding cut off (its activations are zero)."""
+        integers = linear.level1() if linear.is_progressive else linear.codes
+        return IntegerWeight(
+            values=integers[:, : linear.in_features].to(torch.int8).contiguous().to(device),
+            s1_scales=linear.s1_scales.to(device).float(),
+            s1_szeros=None if linear.is_progressive else linear.s1_szeros().to(device).float(),
+            bias=None if linear.bias is None else linear.bias.to(device).float(),
+        )
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K]."""
+        weight = self.values.float() * self.s1_scales.unsqueeze(1)
+        return weight if self.s1_szeros is None else weight - self.s1_szeros.unsqueeze(1)
+
+
+def integer_matmul(act_codes: Tensor, weight_values: Tensor) -> Tensor:
+    """Exact int32 [M, N] product of int8 codes [M, K] and int8 weights [N, K].
+
+    It runs as float32 products over at most 1024 inputs at a time, each exact, added in int32.
+    """
+    total: Tensor | None = None
+    for start in range(0, act_codes.shape[1], _EXACT_K):
+        stop = start + _EXACT_K
+        part = act_codes[:, start:stop].float() @ weight_values[:, start:stop].float().t()
+        total = part.to(torch.int32) if total is None else total.add_(part.to(torch.int32))
+    if total is None:
+        raise ValueError("K must be at least 1")
+    return total
+
+
+def linear_forward(x: Tensor, weight: IntegerWeight, *, act_bits: int) -> Tensor:
+    """y [..., N] of x [..., K] as the kernels compute it, in x's dtype (one rounding at the store, then the bias).
+
+    act_bits 8: y = s1 * act_scale * acc (- s1_szeros * act_scale * act_sum); act_bits 16: x times the decoded weight.
+    """
+    if act_bits not in (8, 16):
+        raise ValueError(f"act_bits must be 8 or 16, got {act_bits}")
+    rows = x.reshape(-1, x.shape[-1])
+    if act_bits == 16:
+        y = rows.float() @ weight.dequantize().t()
+    else:
+        act = quantize_activation(rows)
+        y = integer_matmul(act.codes, weight.values).float()
+        y = y * (act.scales.unsqueeze(1) * weight.s1_scales)
+        if weight.s1_szeros is not None:
+            y = y - (act.scales * act.sums.float()).unsqueeze(1) * weight.s1_szeros
+    y = y.to(x.dtype)
+    if weight.bias is not None:
+        y = y + weight.bias.to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """codes uint8 [..., D], scales and zeros float16 [..., 1]: the value is (code - zero) * scale."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def quantize_kv(x: Tensor, bits: Literal[4, 8]) -> QuantizedKV:
+    """Asymmetric codes of x [..., D] per token and head (the last axis); keys come after RoPE.
+
+    scale = (max - min) / (2**bits - 1) is rounded to float16 first; zero = -min / scale is not rounded to an integer,
+    clamped to the float16 range; both are then used as stored. A constant head (or one whose scale vanishes in
+    float16) gets scale 1 and zero -min, so that it decodes to itself.
+    """
+    x = x.float()
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    limit = torch.finfo(torch.float16).max
+    levels = 2**bits - 1
+    scales = ((high - low) / levels).clamp(max=limit).to(torch.float16)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    zeros = (-low / scales.float()).clamp(-limit, limit).to(torch.float16)
+    codes = torch.clamp(torch.round(x / scales.float() + zeros.float()), 0, levels).to(torch.uint8)
+    return QuantizedKV(codes, scales, zeros)
+
+
+def dequantize_kv(kv: QuantizedKV) -> Tensor:
+    """float32 [..., D]."""
+    return (kv.codes.float() - kv.zeros.float()) * kv.scales.float()
+
+
+def kv_round_trip(x: Tensor, bits: int) -> Tensor:
+    """Keys or values [..., D] as attention sees them after the cache, in x's dtype; 16 bits leaves them alone."""
+    if bits == 16:
+        return x
+    if bits not in (4, 8):
+        raise ValueError(f"kv_bits must be 4, 8 or 16, got {bits}")
+    return dequantize_kv(quantize_kv(x, 4 if bits == 4 else 8)).to(x.dtype)
