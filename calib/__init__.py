@@ -1,0 +1,1 @@
+"""What is learnt from data: calibration text, block-by-block streaming, transforms, rounding, metrics."""

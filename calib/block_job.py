@@ -1,0 +1,240 @@
+"""The journey of one decoder block: observe, transform, round, advance.
+
+Rotation, output smoothing, channel reorder and clipping belong into `_transform`; GPTQ is one more rounding method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qoq.calib.attention import observe
+from qoq.calib.metrics import RelativeError, relative_error
+from qoq.calib.plan import Plan
+from qoq.calib.round import ROUNDING
+from qoq.calib.smooth_attention import (
+    KeyRanges,
+    RangeObserver,
+    Smoothing,
+    StrengthSearch,
+    candidate_scales,
+    choose,
+    fold,
+)
+from qoq.calib.streaming import ATTENTION, BlockRunner, ServedLinear, build_block, load_block_tensors
+from qoq.formats.arithmetic import IntegerWeight
+from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.recipes.errors import InputError
+
+_PRESERVED = 1e-3
+"""Relative change of a block's float32 output that a function-preserving transform may cause by rounding."""
+_LINEAR_ERROR_TOKENS, _BLOCK_ERROR_TOKENS = 2048, 8192
+"""Calibration tokens on which the output errors of each linear and of the block are measured."""
+
+Tick = Callable[[str, float], None]
+"""(what is being done, share of the block's work just done)."""
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """Relative errors of one linear: of its weight, and of its output for the inputs it gets when served."""
+
+    weight_error: float
+    output_error: float
+    level1_absmax: int
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a finished block leaves in the manifest. `output_error`: quantized against float, on the same input."""
+
+    block: int
+    output_error: float
+    linears: dict[str, LinearRecord]
+    smooth_alphas: tuple[float, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """Quantized linears and 16-bit tensors of a block (names relative to it) and its record."""
+
+    quantized: dict[str, QuantizedLinear]
+    kept: dict[str, Tensor]
+    record: BlockRecord
+
+
+def quantize_block(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner, tick: Tick) -> FinishedBlock:
+    """Quantize block `index`; `hidden` float32 [S, L, H] enters it and, on return, holds what leaves it.
+
+    Raises InputError naming the block or tensor when weights or activations are not finite or do not fit float16.
+    """
+    tensors = load_block_tensors(plan.source, plan.skeleton, index, runner.device)
+    tensors, smoothing = _transform(plan, index, tensors, hidden, runner, tick)
+    quantized = _round(plan, index, tensors)
+    tick("rounded", 0.1)
+    kept = _kept_tensors(plan, index, tensors, quantized)
+    output_error, linear_errors = _advance(plan, index, tensors, quantized, kept, hidden, runner, tick)
+    linears = {
+        name: LinearRecord(
+            weight_error=relative_error(linear.dequantize(), tensors[f"{name}.weight"].cpu()),
+            output_error=linear_errors[name].value,
+            level1_absmax=int(linear.level1().abs().max()),
+        )
+        for name, linear in quantized.items()
+    }
+    alphas = None if smoothing is None else smoothing.alphas
+    return FinishedBlock(quantized, kept, BlockRecord(index, output_error, linears, alphas))
+
+
+def _transform(
+    plan: Plan, index: int, tensors: dict[str, Tensor], hidden: Tensor, runner: BlockRunner, tick: Tick
+) -> tuple[dict[str, Tensor], Smoothing | None]:
+    """Apply the recipe's function-preserving transforms and check on the first window that they preserve it."""
+    spec = plan.request.recipe.smooth_attention
+    if spec is None or plan.request.recipe.kv_bits == 16:
+        return tensors, None
+    skeleton = plan.skeleton
+    block = build_block(skeleton, index, tensors)
+    attention = block.get_submodule(ATTENTION)
+    batches = -(-hidden.shape[0] // runner.batch)
+    ranges_seen = RangeObserver()
+    for _, batch in runner.batches(hidden):
+        observe(attention, ranges_seen, partial(runner, index, block, batch))
+        tick("observing", 0.1 / batches)
+    is_shared = skeleton.family.key_fold == "norms"
+    ranges = KeyRanges.from_observer(ranges_seen, shared=is_shared)
+    candidates = candidate_scales(ranges, spec)
+    if spec.mode == "search":
+        search = StrengthSearch(candidates, plan.request.recipe.kv_bits, spec.search_tokens)
+        for _, batch in runner.batches(hidden):
+            if not search.is_done:
+                observe(attention, search, partial(runner, index, block, batch))
+            tick("searching", 0.3 / batches)
+        smoothing = choose(candidates, search.errors, spec, shared=is_shared)
+    else:
+        smoothing = Smoothing(candidates[0], (spec.alpha,) * candidates.shape[1])
+    folded = fold(tensors, smoothing.scale, skeleton.family, skeleton.num_heads)
+    first = hidden[:1].to(runner.device)
+    change = relative_error(runner(index, build_block(skeleton, index, folded), first), runner(index, block, first))
+    if not change < _PRESERVED:
+        raise InputError(
+            f"block {index}: SmoothAttention changed the block's output by {change:.1e} (at most {_PRESERVED:g} "
+            "is rounding)",
+            remedy="quantize with a recipe without smooth_attention, and report this model",
+        )
+    return folded, smoothing
+
+
+def _round(plan: Plan, index: int, tensors: dict[str, Tensor]) -> dict[str, QuantizedLinear]:
+    prefix = plan.skeleton.family.block_prefix(index)
+    recipe = plan.request.recipe
+    rounded = {}
+    for full in plan.skeleton.linears(index):
+        name = full.removeprefix(prefix)
+        if full in plan.quantized:
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            try:
+                rounded[name] = ROUNDING[recipe.rounding](weight, bias, recipe.group_size)
+            except ValueError as error:
+                raise InputError(f"{full}: {error}") from error
+    return rounded
+
+
+def _kept_tensors(
+    plan: Plan, index: int, tensors: dict[str, Tensor], quantized: dict[str, QuantizedLinear]
+) -> dict[str, Tensor]:
+    """The tensors that stay in 16 bit, on the CPU. Raises InputError where a value does not fit the type."""
+    own = {f"{name}.{part}" for name in quantized for part in ("weight", "bias")}
+    prefix = plan.skeleton.family.block_prefix(index)
+    return {
+        name: to_kept(prefix + name, tensor, plan.kept_dtype) for name, tensor in tensors.items() if name not in own
+    }
+
+
+def to_kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the type of what stays in 16 bit, on the CPU; InputError when a value overflows it."""
+    kept = tensor.to(dtype).cpu()
+    if not bool(torch.isfinite(kept).all()):
+        raise InputError(
+            f"{name}: {float(tensor.abs().max()):g} does not fit {dtype}",
+            remedy="pass --dtype bfloat16" if dtype == torch.float16 else "the model holds NaN or infinite values",
+        )
+    return kept
+
+
+def _advance(
+    plan: Plan,
+    index: int,
+    tensors: dict[str, Tensor],
+    quantized: dict[str, QuantizedLinear],
+    kept: dict[str, Tensor],
+    hidden: Tensor,
+    runner: BlockRunner,
+    tick: Tick,
+) -> tuple[float, dict[str, RelativeError]]:
+    """Replace `hidden` by what leaves the quantized block, so that later blocks see what they will be served.
+
+    Returns the block's relative output error and each linear's, measured on the first windows.
+    """
+    recipe = plan.request.recipe
+    device = runner.device
+    exact_block = build_block(plan.skeleton, index, tensors)
+    served_block = build_block(
+        plan.skeleton,
+        index,
+        {name: tensor.to(device).float() for name, tensor in kept.items()},
+        quantized={name: IntegerWeight.decode(linear, device) for name, linear in quantized.items()},
+        act_bits=recipe.act_bits,
+        kv_bits=recipe.kv_bits,
+    )
+    linear_errors = {name: RelativeError() for name in quantized}
+    block_error = RelativeError()
+    batches = -(-hidden.shape[0] // runner.batch)
+    for rows, batch in runner.batches(hidden):
+        with ExitStack() as hooks:
+            if rows.start * hidden.shape[1] < _LINEAR_ERROR_TOKENS:
+                _measure_linears(served_block, tensors, linear_errors, hooks)
+            served = runner(index, served_block, batch)
+        if rows.start * hidden.shape[1] < _BLOCK_ERROR_TOKENS:
+            block_error.update(served, runner(index, exact_block, batch))
+        hidden[rows] = served.cpu()
+        tick("advancing", 0.5 / batches)
+    if not bool(torch.isfinite(hidden).all()):
+        raise InputError(
+            f"block {index}: NaN or infinite activations",
+            remedy="the model is damaged, or its weights do not fit its configuration",
+        )
+    return block_error.value, linear_errors
+
+
+def _measure_linears(
+    block: nn.Module, tensors: dict[str, Tensor], errors: dict[str, RelativeError], hooks: ExitStack
+) -> None:
+    """Within `hooks`, compare every quantized linear of `block` with its float weight on the inputs it gets."""
+    for name, error in errors.items():
+        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+
+        def compare(
+            _module: nn.Module,
+            inputs: tuple[Tensor, ...],
+            output: Tensor,
+            *,
+            weight: Tensor = weight,
+            bias: Tensor | None = bias,
+            error: RelativeError = error,
+        ) -> None:
+            error.update(output, nn.functional.linear(inputs[0], weight, bias))
+
+        linear = block.get_submodule(name)
+        if not isinstance(linear, ServedLinear):
+            raise TypeError(f"{name} is {type(linear).__name__}, expected a quantized linear")
+        hooks.callback(linear.register_forward_hook(compare).remove)

@@ -1,0 +1,194 @@
+"""The model without its weights: transformers' own modules on the meta device, and what was checked of them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from qoq.calib.attention import ATTENTION_NAME
+from qoq.formats.packing import TILE
+from qoq.recipes.errors import InputError, raise_problems
+from qoq.recipes.families import Family, family_of
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device with its family; no weights are allocated."""
+
+    config: PretrainedConfig
+    family: Family
+    model: PreTrainedModel
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads)
+
+    @property
+    def is_tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    def block(self, index: int) -> nn.Module:
+        """A fresh copy of block `index` on the meta device."""
+        return copy.deepcopy(self.model.get_submodule(f"{self.family.blocks}.{index}"))
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of a block that can be quantized: full module name to (meta) module."""
+        prefix = self.family.block_prefix(index)
+        return {
+            prefix + name: self.model.get_submodule(prefix + name)  # type: ignore[misc]
+            for name in self.family.roles.values()
+        }
+
+    def all_linears(self) -> dict[str, nn.Linear]:
+        """`linears` of every block, in order."""
+        return {name: linear for i in range(self.num_blocks) for name, linear in self.linears(i).items()}
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a model folder must hold, by name; a tied lm_head is not among them."""
+        head = f"{self.family.lm_head}.weight"
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        if self.is_tied:
+            shapes.pop(head, None)
+        return shapes
+
+    def rotary(self, device: torch.device) -> nn.Module:
+        """The rotary embedding of all blocks, on `device`."""
+        with torch.device(device):
+            return type(self.model.get_submodule(self.family.rotary))(config=self.config)
+
+    def final_norm(self) -> nn.Module:
+        return copy.deepcopy(self.model.get_submodule(self.family.final_norm))
+
+    def sliding_window(self, index: int) -> int | None:
+        """Tokens that block `index` attends to, or None for all."""
+        # config.json may hold keys that its model does not know, and transformers keeps them as attributes.
+        known = type(self.config).__dataclass_fields__
+        window = self.config.sliding_window if "sliding_window" in known else None
+        layer_types = self.config.layer_types if "layer_types" in known else None
+        if layer_types is not None and layer_types[index] != "sliding_attention":
+            return None
+        return int(window) if window is not None else None
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the configuration of a model folder or a GGUF file. Raises InputError."""
+    folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
+    if gguf_file is None and not (path / "config.json").is_file():
+        raise InputError(f"{path}: no config.json", remedy="pass the folder of a Hugging Face model, or a .gguf file")
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    try:
+        config = AutoConfig.from_pretrained(folder, **kwargs)
+    except Exception as error:  # transformers raises many kinds here; each means that this config is of no use
+        hint = " (pass --trust-remote-code if you trust this model's code)" if "trust_remote_code" in str(error) else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: cannot read the model's configuration: {reason}{hint}") from error
+    if not isinstance(config, PretrainedConfig):
+        raise InputError(f"{path}: config.json does not describe a model")
+    return config
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read the tokenizer of a model folder or a GGUF file. Raises InputError."""
+    folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    elif not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(
+            f"{path}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)",
+            remedy="copy the tokenizer files of the model into its folder",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    except Exception as error:  # as above: whatever the cause, there is no tokenizer to use
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: cannot read the tokenizer: {reason}") from error
+    # Windows are cut after tokenizing whole documents, so the "sequence too long" warning would only confuse.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def build_skeleton(config: PretrainedConfig, *, where: str) -> Skeleton:
+    """Build the model of `config` on the meta device and check that qoq can quantize it.
+
+    Raises InputError that lists everything that does not fit: family, RoPE variant, head size, output sizes.
+    """
+    family = family_of(config.model_type, tuple(config.architectures or ()))
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    problems = [*_rope_problems(config, family), *_size_problems(config, family)]
+    raise_problems(f"{where}: this model cannot be quantized", problems)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=torch.float32)
+    skeleton = Skeleton(model.config, family, model.eval())
+    misfits = [
+        f"{name}: {linear.out_features} output features, expected a multiple of {TILE}"
+        for name, linear in skeleton.linears(0).items()
+        if linear.out_features % TILE
+    ]
+    raise_problems(f"{where}: this model cannot be quantized", misfits)
+    return skeleton
+
+
+def _rope_problems(config: PretrainedConfig, family: Family) -> list[str]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    problems = []
+    if rope_type not in family.rope_types:
+        problems.append(f"RoPE type {rope_type!r} is not supported (supported: {', '.join(family.rope_types)})")
+    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        problems.append(f"partial_rotary_factor {partial} is not supported; every channel of a head must rotate")
+    return problems
+
+
+def _size_problems(config: PretrainedConfig, family: Family) -> list[str]:
+    problems = []
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size / heads if heads else 0)
+    if head_dim not in family.head_dims:
+        allowed = " or ".join(map(str, family.head_dims))
+        problems.append(f"head_dim is {head_dim:g}, expected {allowed}")
+    if kv_heads < 1 or heads % kv_heads:
+        problems.append(f"{heads} attention heads do not share {kv_heads} KV heads evenly")
+    if getattr(config, "hidden_act", "silu") != "silu":
+        problems.append(f"activation {config.hidden_act!r} is not supported (supported: silu)")
+    if int(config.num_hidden_layers) < 1:
+        problems.append("num_hidden_layers must be at least 1")
+    return problems
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Give a meta module its tensors (assigned, not copied) and return it."""
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
