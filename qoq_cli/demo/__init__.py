@@ -1,0 +1,1 @@
+"""The embedded model `tiny`, its texts, and how they were made."""
