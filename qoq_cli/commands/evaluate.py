@@ -1,0 +1,227 @@
+"""`qoq eval`: what quantization costs, measured on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qoq.recipes.errors import InputError
+from qoq_cli.devices import resolve_device
+from qoq_cli.model_location import EMBEDDED, builtin_texts, find_newest_checkpoint, resolve_model
+from qoq_cli.progress import progress
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+
+if TYPE_CHECKING:
+    import torch
+
+    from qoq.calib.streaming import StreamedModel
+
+_DEFAULT_LENGTH = 2048
+
+
+@guarded
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CKPT or MODEL]...", help="Checkpoints or 16-bit models.  [default: newest under checkpoints/]"
+        ),
+    ] = None,
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for perplexity: wikitext, c4, builtin, or a file. Repeatable.  [default: wikitext]"),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="16-bit model to compare with: adds KL divergence and top-1 agreement.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 2048]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N windows.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="KV cache bits: 4, 8 or 16.  [default: the checkpoint's]")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Activation bits: 8 or 16.  [default: the checkpoint's]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hugging Face hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Measure the perplexity of checkpoints as they will be served, and of 16-bit models.
+
+    Weights are decoded from the packed bytes, activations are int8 per token, keys (after RoPE) and values go through
+    the 4-bit cache. Windows do not overlap; each is scored on its own.
+
+    Examples: `qoq eval checkpoints/tiny-w4a8kv4-g128 --baseline tiny --ppl builtin`; `qoq eval CKPT --kv-bits 16`.
+    """
+    terminal = Terminal(as_json, quiet)
+    if kv_bits not in (None, 4, 8, 16):
+        raise InputError(f"--kv-bits {kv_bits}: not supported", remedy="use 4, 8 or 16")
+    if act_bits not in (None, 8, 16):
+        raise InputError(f"--act-bits {act_bits}: not supported", remedy="use 8 or 16")
+    names = list(models or ())
+    if not names:
+        newest = find_newest_checkpoint(Path("checkpoints"))
+        terminal.note(f"evaluating the newest checkpoint, {newest}")
+        names = [str(newest)]
+    if baseline is not None and baseline not in names:
+        names.insert(0, baseline)
+    evaluation = _Evaluation(terminal, resolve_device(device), kv_bits, act_bits, revision, trust_remote_code)
+    opened = {name: evaluation.open(name) for name in dict.fromkeys(names)}
+    texts = ppl or (["builtin"] if evaluation.all_embedded else ["wikitext"])
+    results = {
+        text: evaluation.score(opened, text, baseline, seq_len=seq_len, limit=limit) for text in dict.fromkeys(texts)
+    }
+    data = {"baseline": baseline, "device": evaluation.device, "texts": results}
+    terminal.result(data, lambda console: _render(console, results, baseline))
+
+
+class _Model:
+    """One opened model and how it is run."""
+
+    def __init__(self, label: str, make: Callable[[Callable[[int], None]], StreamedModel], facts: dict[str, Any]):
+        self.label, self.make, self.facts = label, make, facts
+        self.path: Path = facts.pop("path")
+        self.blocks: int = facts.pop("blocks")
+        self.positions: int = facts.pop("positions")
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        terminal: Terminal,
+        device: str,
+        kv_bits: int | None,
+        act_bits: int | None,
+        revision: str | None,
+        trust_remote_code: bool,
+    ) -> None:
+        from qoq.calib.job import check_device
+
+        check_device(device)
+        self.terminal, self.device = terminal, device
+        self._kv_bits, self._act_bits = kv_bits, act_bits
+        self._revision, self._trust = revision, trust_remote_code
+        self.all_embedded = True
+
+    def open(self, name: str) -> _Model:
+        """Open a checkpoint or a 16-bit model; a 16-bit model keeps 16 bits unless it is told otherwise."""
+        from torch import device as torch_device
+
+        from qoq.calib.plan import open_model
+        from qoq.calib.served import open_served
+        from qoq.calib.streaming import StreamedModel
+        from qoq.formats.checkpoint import is_checkpoint
+
+        location = resolve_model(name, revision=self._revision, note=self.terminal.note)
+        target = torch_device(self.device)
+        if is_checkpoint(location.path):
+            served = open_served(location.path, trust_remote_code=self._trust)
+            config = served.checkpoint.quantization
+            made_from = str(served.checkpoint.manifest.get("source", {}).get("model"))
+            self.all_embedded &= made_from in ("tiny", "tiny-outlier")
+            skeleton, source, checkpoint = served.skeleton, served.checkpoint.source, served.checkpoint
+            kv_bits = self._kv_bits or config.kv_bits
+            # Only quantized linears take 8-bit activations, so without any there are none.
+            act_bits = (self._act_bits or config.act_bits) if served.quantized else 16
+            weights = "w4" if served.quantized else "w16"
+        else:
+            self.all_embedded &= location.kind == EMBEDDED
+            skeleton, source = open_model(location.path, trust_remote_code=self._trust)
+            checkpoint, kv_bits, act_bits, weights = None, 16, 16, "w16"
+
+        def make(on_block: Callable[[int], None]) -> StreamedModel:
+            return StreamedModel(
+                skeleton,
+                source,
+                device=target,
+                checkpoint=checkpoint,
+                act_bits=act_bits,
+                kv_bits=kv_bits,
+                on_block=on_block,
+            )
+
+        facts = {
+            "scheme": f"{weights}a{act_bits}kv{kv_bits}",
+            "path": location.path,
+            "blocks": skeleton.num_blocks,
+            "positions": int(getattr(skeleton.config, "max_position_embeddings", _DEFAULT_LENGTH)),
+        }
+        return _Model(name, make, facts)
+
+    def windows(self, model: _Model, text: str, length: int, limit: int | None) -> torch.Tensor:
+        """Evaluation windows of `text` in the tokens of `model`."""
+        from qoq.calib.corpus import evaluation_windows, load_corpus
+        from qoq.calib.skeleton import load_tokenizer
+
+        tokenizer = load_tokenizer(model.path, trust_remote_code=self._trust)
+        corpus = load_corpus(text, builtin=builtin_texts("evaluation"), purpose="evaluation")
+        return evaluation_windows(corpus, tokenizer, seq_len=length, limit=limit).tokens
+
+    def score(
+        self, models: dict[str, _Model], text: str, baseline: str | None, *, seq_len: int | None, limit: int | None
+    ) -> dict[str, Any]:
+        """Score all models on one text, side by side."""
+        from qoq.calib.perplexity import score_models
+
+        positions = min(model.positions for model in models.values())
+        length = seq_len or min(_DEFAULT_LENGTH, positions)
+        if length > positions:
+            raise InputError(f"--seq-len {length}: the model knows {positions} positions", remedy="pass a shorter one")
+        first, *others = models.values()
+        windows = self.windows(first, text, length, limit)
+        for other in others:
+            if not _same(windows, self.windows(other, text, length, limit)):
+                raise InputError(
+                    f"{first.label} and {other.label} cut {text} into different tokens, so their perplexities cannot "
+                    "be compared",
+                    remedy="evaluate them one at a time",
+                )
+        with progress(self.terminal, f"evaluating on {text}") as update:
+            total = sum(model.blocks for model in models.values())
+            done = 0
+
+            def on_block(index: int) -> None:
+                nonlocal done
+                done += 1
+                update(min(done, total), total, f"block {index}")
+
+            forwards = {name: model.make(on_block).logits for name, model in models.items()}
+            scores = score_models(forwards, windows, baseline=baseline)
+        return {
+            "windows": int(windows.shape[0]),
+            "seq_len": length,
+            "models": {name: {**models[name].facts, **asdict(score)} for name, score in scores.items()},
+        }
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _render(console: Console, results: dict[str, Any], baseline: str | None) -> None:
+    for text, result in results.items():
+        title = f"{text}: {result['windows']} windows of {result['seq_len']} tokens"
+        table = Table(title=title, title_justify="left")
+        table.add_column("model", overflow="fold")
+        table.add_column("scheme")
+        table.add_column("perplexity", justify="right", style="bold")
+        if baseline is not None:
+            table.add_column("loss", justify="right")
+            table.add_column("KL divergence", justify="right")
+            table.add_column("same top token", justify="right")
+        for name, score in result["models"].items():
+            cells = [name, score["scheme"], f"{score['perplexity']:.3f}"]
+            if baseline is not None and name == baseline:
+                cells += ["", "", ""]
+            elif baseline is not None:
+                loss = score["perplexity"] / result["models"][baseline]["perplexity"] - 1
+                cells += [f"{loss:+.2%}", f"{score['kl_divergence']:.4f}", f"{score['top1_agreement']:.1%}"]
+            table.add_row(*cells)
+        console.print(table)

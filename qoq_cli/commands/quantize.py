@@ -1,0 +1,314 @@
+"""`qoq quantize`: a model in, a verified W4A8KV4 checkpoint out."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qoq.recipes.errors import InputError
+from qoq.recipes.load import load_recipe, preset_names
+from qoq.recipes.schema import Recipe
+from qoq_cli import __version__
+from qoq_cli.devices import resolve_device
+from qoq_cli.model_location import EMBEDDED, builtin_texts, resolve_model
+from qoq_cli.progress import duration, progress, size
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+
+if TYPE_CHECKING:
+    from qoq.calib.job import RunResult
+    from qoq.calib.plan import Plan
+
+_BUILTIN_CALIBRATION = {"dataset": "builtin", "samples": 64, "seq_len": 512}
+"""The embedded models come with their own calibration text and a context of 512 tokens."""
+
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, Hugging Face id, .gguf file, or an alias such as `llama-3-8b`.")
+]
+
+
+@guarded
+def quantize(
+    model: _Model,
+    g128: Annotated[
+        bool | None,
+        typer.Option("--g128/--per-channel", help="Two-level grid in groups of 128 (default), or one level a channel."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe by name (`qoq recipes`) or a YAML file.  [default: qoq-g128 or qoq-chn]"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write.  [default: checkpoints/MODEL-SCHEME]")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Calibration text: pileval, wikitext, c4, builtin, or a .txt, .jsonl or .parquet file."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows.  [default: 128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens in a window.  [default: 1024]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.  [default: 0]")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits of the KV cache: 4, 8 or 16.  [default: 4]")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of activations: 8 or 16.  [default: 8]")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Quantize only linears whose name matches this regular expression.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave linears whose name matches this regular expression in 16 bit.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of what stays in 16 bit: float16 or bfloat16.")] = "float16",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")] = "5GB",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hugging Face hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Continue an unfinished run (default), or begin again.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, memory, disk and time; touch nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Quantize MODEL into a W4A8KV4 checkpoint.
+
+    An interrupted run is continued by the same command, with the same result. HF_TOKEN is used for gated models.
+
+    Examples: `qoq quantize tiny`; `qoq quantize llama-3-8b --g128 --device cuda`;
+    `qoq quantize ./my-model --calib my-text.txt --samples 64 -o out`.
+    """
+    terminal = Terminal(as_json, quiet)
+    location = resolve_model(model, revision=revision, note=terminal.note)
+    # Presets name calibration sets of the hub; the embedded models have text of their own.
+    uses_builtin = location.kind == EMBEDDED and recipe in (None, *preset_names())
+    chosen = build_recipe(
+        recipe,
+        g128,
+        base_calibration=_BUILTIN_CALIBRATION if uses_builtin else {},
+        calibration={"dataset": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
+        top={"kv_bits": kv_bits, "act_bits": act_bits, "include": include, "ignore": ignore},
+    )
+    target = output or Path("checkpoints") / f"{location.name}-{chosen.scheme}"
+
+    from qoq.calib.plan import QuantizeRequest, make_plan
+    from qoq.formats.work_folder import check_output
+
+    if dtype not in ("float16", "bfloat16"):
+        raise InputError(f"--dtype {dtype!r} is not supported", remedy="use float16 or bfloat16")
+    plan = make_plan(
+        QuantizeRequest(
+            model=location.path,
+            model_name=location.name,
+            output=target,
+            recipe=chosen,
+            revision=location.revision,
+            device=resolve_device(device),
+            kept_dtype="bfloat16" if dtype == "bfloat16" else "float16",
+            max_shard_bytes=parse_size(max_shard_size),
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    for warning in plan.warnings:
+        terminal.warn(warning)
+    if dry_run:
+        check_output(target, restart=not resume)
+        facts = _plan_facts(plan)
+        terminal.result(facts, lambda console: _render_plan(console, plan, facts))
+        return
+    result = _run(terminal, plan, restart=not resume)
+    terminal.result(
+        {"output": str(target), "resumed_at_block": result.resumed_at, **result.manifest},
+        lambda console: _render_result(console, plan, result),
+    )
+
+
+def build_recipe(
+    name: str | None,
+    g128: bool | None,
+    *,
+    base_calibration: dict[str, Any],
+    calibration: dict[str, Any],
+    top: dict[str, Any],
+) -> Recipe:
+    """The recipe by name, with what the command line changes. Raises InputError for values it does not allow."""
+    from pydantic import ValidationError
+
+    loaded = load_recipe(name or ("qoq-chn" if g128 is False else "qoq-g128"))
+    data = loaded.model_dump()
+    if g128 is not None:
+        data["group_size"] = 128 if g128 else None
+    data["calibration"] |= base_calibration
+    data["calibration"] |= {key: value for key, value in calibration.items() if value is not None}
+    data |= {key: value for key, value in top.items() if value is not None}
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][-1] if len(first["loc"]) < 2 else first["loc"][0]).replace("_", "-")
+        raise InputError(
+            f"--{option} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}",
+            remedy="`qoq quantize -h` says what each option takes",
+        ) from error
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB` or `1000000`. Raises InputError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    upper = text.strip().upper().replace("I", "")
+    unit = next((unit for unit in units if upper.endswith(unit)), "")
+    try:
+        count = float(upper.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        count = 0
+    if not 1 <= count < 10**15:
+        raise InputError(f"--max-shard-size {text!r}: not a size", remedy="write it like 5GB or 500MB")
+    return int(count)
+
+
+def _run(terminal: Terminal, plan: Plan, *, restart: bool) -> RunResult:
+    from qoq.calib.corpus import Windows, calibration_windows, load_corpus
+    from qoq.calib.job import Progress, run
+    from qoq.calib.skeleton import load_tokenizer
+
+    calibration = plan.request.recipe.calibration
+
+    def load_windows() -> Windows:
+        tokenizer = load_tokenizer(plan.request.model, trust_remote_code=plan.request.trust_remote_code)
+        corpus = load_corpus(calibration.dataset, builtin=builtin_texts(), purpose="calibration")
+        windows = calibration_windows(
+            corpus, tokenizer, samples=calibration.samples, seq_len=calibration.seq_len, seed=calibration.seed
+        )
+        if windows.is_short:
+            terminal.warn(
+                f"{windows.source} gives {len(windows.tokens)} of the {windows.requested} windows asked for; "
+                "quantizing with those"
+            )
+        return windows
+
+    terminal.note(f"writing {plan.request.output} (recipe {plan.request.recipe.name}, on {plan.request.device})")
+    with progress(terminal, "quantizing") as update:
+
+        def on_progress(state: Progress) -> None:
+            update(state.done, state.total, state.message)
+
+        try:
+            return run(plan, load_windows, restart=restart, tool_version=__version__, on_progress=on_progress)
+        except KeyboardInterrupt:
+            how = "the same command without --restart" if restart else "the same command again"
+            raise KeyboardInterrupt(f"finished blocks are kept: run {how} to continue") from None
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    from qoq.calib.finish import checkpoint_totals
+    from qoq_cli.devices import measure_speed
+
+    estimate = plan.estimate
+    speed = measure_speed(plan.request.device)
+    return {
+        "model": str(plan.request.model),
+        "family": plan.skeleton.family.name,
+        "blocks": plan.skeleton.num_blocks,
+        "output": str(plan.request.output),
+        "device": plan.request.device,
+        "recipe": plan.request.recipe.model_dump(mode="json"),
+        "kept_in_16_bit": list(plan.config.modules_to_not_convert),
+        "padded_linears": len(plan.config.padded),
+        "shards": {shard.name: shard.nbytes for shard in plan.shards},
+        "totals": checkpoint_totals(plan),
+        "memory_bytes": {
+            "total": estimate.memory,
+            "hidden_states": estimate.hidden,
+            "one_block": estimate.block,
+            "decoded_and_rounding": estimate.decoded,
+            "activations": estimate.activations,
+            "embedding": estimate.embedding,
+        },
+        "disk_bytes": {"total": estimate.disk, "checkpoint": estimate.checkpoint, "resume_state": estimate.state},
+        "seconds_estimate": round(estimate.operations / speed, 1),
+        "warnings": list(plan.warnings),
+    }
+
+
+def _render_plan(console: Console, plan: Plan, facts: dict[str, Any]) -> None:
+    recipe = plan.request.recipe
+    memory, totals = facts["memory_bytes"], facts["totals"]
+    table = Table(title="Plan (nothing was written)", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", f"{facts['model']} ({facts['family']}, {facts['blocks']} blocks)")
+    table.add_row("output", facts["output"])
+    table.add_row("recipe", f"{recipe.name}: {recipe.description}")
+    calibration = recipe.calibration
+    table.add_row("calibration", f"{calibration.dataset}, {calibration.samples} x {calibration.seq_len} tokens")
+    table.add_row("linears", f"{totals['quantized_linears']} quantized, {facts['padded_linears']} of them padded")
+    table.add_row("bits per weight", _bits(totals["bits_per_weight"]))
+    table.add_row("checkpoint", f"{size(totals['checkpoint_bytes'])} (16 bit: {size(totals['model_bytes_16bit'])})")
+    table.add_row(
+        "memory",
+        f"{size(memory['total'])} on {plan.request.device} and host = hidden states {size(memory['hidden_states'])} "
+        f"+ the larger of: embedding {size(memory['embedding'])}; one block {size(memory['one_block'])} + rounding "
+        f"{size(memory['decoded_and_rounding'])} + activations {size(memory['activations'])}; "
+        "libraries come on top",
+    )
+    disk = facts["disk_bytes"]
+    table.add_row("disk", f"{size(disk['total'])} while running, {size(disk['checkpoint'])} after")
+    table.add_row("time", f"about {duration(facts['seconds_estimate'])} on {plan.request.device} (from its speed now)")
+    console.print(table)
+
+
+def _render_result(console: Console, plan: Plan, result: RunResult) -> None:
+    manifest = result.manifest
+    title = "Relative error by block (quantized against 16 bit, same input)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
+    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("output", justify="right", style="bold", no_wrap=True)
+    roles = list(plan.skeleton.family.roles.values())
+    for role in roles:
+        table.add_column(role.rpartition(".")[2].removesuffix("_proj"), justify="right", no_wrap=True)
+    has_alphas = any(record["smooth_alphas"] for record in manifest["blocks"])
+    if has_alphas:
+        table.add_column("alpha by head")
+    for record in manifest["blocks"]:
+        errors = [record["linears"].get(role) for role in roles]
+        cells = [f"{error['output_error']:.3f}" if error else "-" for error in errors]
+        alphas = [_short_alphas(record["smooth_alphas"])] if has_alphas else []
+        table.add_row(str(record["block"]), f"{record['output_error']:.4f}", *cells, *alphas)
+    console.print(table)
+    totals, run = manifest["totals"], manifest["run"]
+    summary = Table(show_header=False, box=None)
+    summary.add_column(style="bold")
+    summary.add_column(overflow="fold")
+    summary.add_row("checkpoint", str(plan.request.output))
+    share = totals["checkpoint_bytes"] / totals["model_bytes_16bit"]
+    summary.add_row(
+        "size",
+        f"{size(totals['checkpoint_bytes'])}, {share:.0%} of {size(totals['model_bytes_16bit'])} in 16 bit",
+    )
+    summary.add_row("bits per weight", f"{_bits(totals['bits_per_weight'])} in {totals['quantized_linears']} linears")
+    resumed = f", continued at block {result.resumed_at}" if result.resumed_at else ""
+    summary.add_row("time", duration(run["seconds"]) + resumed)
+    peaks = ", ".join(f"{size(count)} {where}" for where, count in sorted(run["peak_bytes"].items()))
+    summary.add_row("peak memory", peaks)
+    console.print(summary)
+    console.print("\nNext:", Text(f"qoq verify {shlex.quote(str(plan.request.output))}", "bold"), soft_wrap=True)
+
+
+def _bits(bits: float | None) -> str:
+    return "16 (nothing quantized)" if bits is None else f"{bits:.3f}"
+
+
+def _short_alphas(alphas: list[float] | None) -> str:
+    if not alphas:
+        return "-"
+    counts = Counter(alphas)
+    return " ".join(f"{alpha:g}" + (f"x{counts[alpha]}" if counts[alpha] > 1 else "") for alpha in sorted(counts))

@@ -1,0 +1,195 @@
+"""`qoq verify`: proof that a checkpoint is right, or the name of the tensor that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qoq.recipes.errors import CheckFailed, InputError, QoQError
+from qoq_cli.devices import resolve_device
+from qoq_cli.model_location import builtin_texts, resolve_model
+from qoq_cli.progress import progress
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+
+if TYPE_CHECKING:
+    from qoq.calib.served import ServedModel
+
+_NOT_THIS_MODEL = 0.5
+"""Relative weight error that no rounding to 4 bits gives; such a weight belongs to another model."""
+
+
+@guarded
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Folder that `qoq quantize` wrote.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The 16-bit model: adds the error of each block and linear.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device of the comparison with --against.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Prove that a checkpoint is right.
+
+    Checks the hash of every file; names, types and shapes of all tensors; that scales are finite; that no level-1
+    weight leaves int8, computed without wrapping; and that the packed-register arithmetic of the kernels gives exactly
+    the integers meant. Exit code 1, and the tensor's name, when anything is off.
+    """
+    terminal = Terminal(as_json, quiet)
+    report = _check(terminal, checkpoint, trust_remote_code)
+    if against is not None and not report["problems"]:
+        report["against"] = _compare(terminal, report, checkpoint, against, resolve_device(device), trust_remote_code)
+    report["ok"] = not report["problems"]
+    for warning in report["warnings"]:
+        terminal.warn(warning)
+    terminal.result(report, lambda console: _render(console, report))
+    if report["problems"]:
+        shown = "\n".join(f"  - {problem}" for problem in report["problems"][:20])
+        raise CheckFailed(
+            f"{checkpoint}: {len(report['problems'])} problem(s):\n{shown}",
+            remedy="do not serve this checkpoint; copy it again or quantize the model again",
+        )
+
+
+def _check(terminal: Terminal, folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    from qoq.calib.served import open_served
+    from qoq.formats.manifest import manifest_problems, read_manifest
+
+    manifest = read_manifest(folder)
+    report: dict[str, Any] = {"checkpoint": str(folder), "files": len(manifest["files"]), "linears": {}}
+    report["problems"], report["warnings"] = manifest_problems(folder, manifest)
+    try:
+        served = open_served(folder, trust_remote_code=trust_remote_code)
+    except InputError as error:
+        report["problems"].append(str(error))
+        return report
+    _check_linears(terminal, served, report)
+    _check_kept(served, report)
+    return report
+
+
+def _check_linears(terminal: Terminal, served: ServedModel, report: dict[str, Any]) -> None:
+    from qoq.kernels.verification import check_linear
+
+    checkpoint = served.checkpoint
+    with progress(terminal, "verifying") as update:
+        for i, (name, linear) in enumerate(served.quantized.items()):
+            update(i, len(served.quantized), name)
+            try:
+                decoded = checkpoint.linear(name, in_features=linear.in_features)
+                check = check_linear(decoded, checkpoint.packed(name, in_features=linear.in_features))
+            except QoQError as error:
+                report["problems"].append(error.message)
+                continue
+            report["problems"] += [f"{name}: {problem}" for problem in check.problems]
+            report["linears"][name] = {
+                "level1_min": check.level1_min,
+                "level1_max": check.level1_max,
+                "margin": check.margin,
+            }
+
+
+def _check_kept(served: ServedModel, report: dict[str, Any]) -> None:
+    from qoq.calib.streaming import load_float
+
+    packed = {f"{name}.{part}" for name in served.quantized for part in _PACKED_PARTS}
+    for name in served.checkpoint.source.names():
+        if name not in packed:
+            try:
+                load_float(served.checkpoint.source, name)
+            except QoQError as error:
+                report["problems"].append(error.message)
+
+
+_PACKED_PARTS = ("qweight", "s1_scales", "s1_szeros", "s2_scales", "s2_zeros", "bias")
+
+
+def _compare(
+    terminal: Terminal, report: dict[str, Any], folder: Path, against: str, device: str, trust_remote_code: bool
+) -> list[dict[str, Any]]:
+    import torch
+
+    from qoq.calib.against import compare
+    from qoq.calib.corpus import evaluation_windows, load_corpus
+    from qoq.calib.job import check_device
+    from qoq.calib.plan import open_model
+    from qoq.calib.served import open_served
+    from qoq.calib.skeleton import load_tokenizer
+
+    check_device(device)
+    location = resolve_model(against, note=terminal.note)
+    skeleton, source = open_model(location.path, trust_remote_code=trust_remote_code)
+    served = open_served(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    corpus = load_corpus("builtin", builtin=builtin_texts("evaluation"), purpose="evaluation")
+    windows = evaluation_windows(corpus, tokenizer, seq_len=256, limit=4).tokens
+    rows = []
+    with progress(terminal, "comparing") as update:
+        total = skeleton.num_blocks
+        comparisons = compare(
+            served,
+            skeleton,
+            source,
+            windows,
+            device=torch.device(device),
+            on_block=lambda index: update(index + 1, total, f"block {index}"),
+        )
+        for comparison in comparisons:
+            rows.append(
+                {
+                    "block": comparison.block,
+                    "output_error": comparison.output_error,
+                    "weight_errors": comparison.weight_errors,
+                }
+            )
+            report["problems"] += [
+                f"{name}: differs from {against} by {error:.2f}; it was not made from this model"
+                for name, error in comparison.weight_errors.items()
+                if not error < _NOT_THIS_MODEL
+            ]
+    return rows
+
+
+def _render(console: Console, report: dict[str, Any]) -> None:
+    blocks: dict[str, list[dict[str, int]]] = {}
+    for name, check in report["linears"].items():
+        blocks.setdefault(name.rsplit(".", 2)[0], []).append(check)
+    compared = {row["block"]: row for row in report.get("against", [])}
+    if blocks:
+        table = Table(title="Level-1 weights, reconstructed without wrapping (int8 is -128..127)", title_justify="left")
+        table.add_column("block")
+        for heading in ("linears", "smallest", "largest", "margin"):
+            table.add_column(heading, justify="right")
+        if compared:
+            table.add_column("output error", justify="right")
+            table.add_column("largest weight error", justify="right")
+        for prefix, checks in blocks.items():
+            cells = [
+                str(len(checks)),
+                str(min(check["level1_min"] for check in checks)),
+                str(max(check["level1_max"] for check in checks)),
+                str(min(check["margin"] for check in checks)),
+            ]
+            if compared:
+                row = compared[int(prefix.rpartition(".")[2])]
+                cells += [f"{row['output_error']:.4f}", f"{max(row['weight_errors'].values()):.4f}"]
+            table.add_row(prefix, *cells)
+        console.print(table)
+    if not report["problems"]:
+        margin = min((check["margin"] for check in report["linears"].values()), default=None)
+        room = "" if margin is None else f", smallest margin to int8 {margin}"
+        console.print(
+            Text("ok", "bold green"),
+            f"{report['checkpoint']}: {report['files']} files and {len(report['linears'])} quantized "
+            f"linears are right{room}",
+            highlight=False,
+            soft_wrap=True,
+        )

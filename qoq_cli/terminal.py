@@ -1,0 +1,119 @@
+"""Where output goes: results on stdout, progress and messages on stderr; and the boundary that catches errors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from qoq.recipes.errors import QoQError
+from qoq_cli.exit_codes import ExitCode
+
+P = ParamSpec("P")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
+TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show the stack of an error.")]
+
+
+class _Console(Console):
+    """Shows paths and names as they are, whatever brackets and colons they hold."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Rich would exit with code 1."""
+        raise BrokenPipeError
+
+
+@dataclass
+class Terminal:
+    """The consoles of one command."""
+
+    as_json: bool = False
+    quiet: bool = False
+    out: Console = field(default_factory=_Console)
+    err: Console = field(default_factory=lambda: _Console(stderr=True))
+
+    def note(self, message: str) -> None:
+        """A remark on stderr, unless quiet."""
+        if not self.quiet:
+            self.err.print(message, style="dim", highlight=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """A warning on stderr, unless quiet."""
+        if not self.quiet:
+            self.err.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+    def result(self, data: dict[str, Any], render: Callable[[Console], None]) -> None:
+        """The result of the command: as one JSON object, or rendered for people."""
+        try:
+            if self.as_json:
+                sys.stdout.write(json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
+            else:
+                render(self.out)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _forget_stdout()  # the exit code is still the command's own
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn expected errors into one message and an exit code; `--traceback` lets everything through."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if kwargs.get("traceback"):
+            command(*args, **kwargs)
+            return
+        _quiet_libraries()
+        try:
+            command(*args, **kwargs)
+        except QoQError as error:
+            _fail(str(error), ExitCode.of(error))
+        except KeyboardInterrupt as interruption:
+            remedy = f"\n  -> {interruption}" if str(interruption) else ""
+            _fail(f"interrupted{remedy}", ExitCode.INTERRUPTED)
+        except BrokenPipeError:
+            _forget_stdout()
+            raise typer.Exit(ExitCode.OK) from None
+        except MemoryError:
+            _fail("out of memory\n  -> fewer --samples or a shorter --seq-len need less", ExitCode.ENVIRONMENT)
+        except (typer.Exit, typer.Abort, SystemExit):
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            _fail(
+                f"{kind}: {error}\n  -> this is not an error qoq expects; run the same command with --traceback and "
+                "report what it prints",
+                ExitCode.CHECK_FAILED,
+            )
+
+    return run
+
+
+def _forget_stdout() -> None:
+    """The reader of our stdout left, as `head` does; there is nobody to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: ExitCode) -> NoReturn:
+    _Console(stderr=True).print(Text("error:", "bold red"), Text(message), soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"(transformers|datasets|huggingface_hub|torch)\b")
