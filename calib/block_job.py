@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,11 @@ def _transform(
     for _, batch in runner.batches(hidden):
         observe(attention, ranges_seen, partial(runner, index, block, batch))
         tick("observing", 0.1 / batches)
+    if not ranges_seen.is_finite:
+        raise InputError(
+            f"block {index}: NaN or infinite keys or queries",
+            remedy="the model is damaged, or its weights do not fit its configuration",
+        )
     is_shared = skeleton.family.key_fold == "norms"
     ranges = KeyRanges.from_observer(ranges_seen, shared=is_shared)
     candidates = candidate_scales(ranges, spec)
@@ -122,6 +127,7 @@ def _transform(
         smoothing = choose(candidates, search.errors, spec, shared=is_shared)
     else:
         smoothing = Smoothing(candidates[0], (spec.alpha,) * candidates.shape[1])
+    smoothing = replace(smoothing, scale=ranges.balanced(smoothing.scale))
     folded = fold(tensors, smoothing.scale, skeleton.family, skeleton.num_heads)
     first = hidden[:1].to(runner.device)
     change = relative_error(runner(index, build_block(skeleton, index, folded), first), runner(index, block, first))

@@ -18,6 +18,7 @@ from qoq.formats.checkpoint import read_config
 from qoq.formats.disk import disk_errors, write_atomically
 from qoq.formats.manifest import CARD_NAME, MANIFEST_NAME, MANIFEST_VERSION, describe_files, write_manifest
 from qoq.formats.packing import packed_shapes
+from qoq.formats.sources import is_gguf
 from qoq.formats.work_folder import JobState, WorkFolder
 from qoq.formats.writer import ShardWriter, index_json
 
@@ -115,7 +116,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _config(plan: Plan) -> dict[str, Any]:
     model = plan.request.model
-    config = json.loads(plan.skeleton.config.to_json_string()) if model.suffix == ".gguf" else read_config(model)
+    config = json.loads(plan.skeleton.config.to_json_string()) if is_gguf(model) else read_config(model)
     config.pop("_name_or_path", None)
     config["architectures"] = [plan.skeleton.family.architecture]
     config["tie_word_embeddings"] = plan.skeleton.is_tied
@@ -129,7 +130,7 @@ def _config(plan: Plan) -> dict[str, Any]:
 def _companions(plan: Plan, work: WorkFolder) -> Iterator[tuple[Path, list[str]]]:
     """The folder that holds the files to carry along, and their names."""
     model = plan.request.model
-    if model.suffix != ".gguf":
+    if not is_gguf(model):
         yield model, [name for name in _COMPANIONS if (model / name).is_file()]
         return
     tokenizer = load_tokenizer(model, trust_remote_code=plan.request.trust_remote_code)

@@ -69,7 +69,7 @@ def run(
         windows = load_windows()
         on_progress(Progress(0, total, "hashing the model's files"))
         hashes = _source_hashes(plan)
-        state = _find_state(work, plan.fingerprint(windows.fingerprint, hashes), restart=restart)
+        state = _find_state(work, plan.fingerprint(windows.fingerprint, hashes, tool_version), restart=restart)
         resumed_at = state.next_block
         writer = ShardWriter(work.path, plan.shards)
         if state.next_block < total:

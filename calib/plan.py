@@ -18,10 +18,10 @@ from qoq.formats.checkpoint import is_checkpoint, read_config
 from qoq.formats.packing import packed_shapes, padded_in_features
 from qoq.formats.quantization_config import KEPT_ALWAYS, QuantizationConfig
 from qoq.formats.safetensors_file import TensorInfo
-from qoq.formats.sources import TensorSource, open_source
+from qoq.formats.sources import TensorSource, is_gguf, open_source
 from qoq.formats.writer import ShardPlan, plan_shards
 from qoq.recipes.errors import InputError, raise_problems
-from qoq.recipes.families import family_of
+from qoq.recipes.families import Family, family_of
 from qoq.recipes.schema import Recipe
 
 KeptDtype = Literal["float16", "bfloat16"]
@@ -91,9 +91,10 @@ class Plan:
     def kept_dtype(self) -> torch.dtype:
         return torch.float16 if self.request.kept_dtype == "float16" else torch.bfloat16
 
-    def fingerprint(self, calibration: str, source_hashes: Mapping[str, str]) -> str:
+    def fingerprint(self, calibration: str, source_hashes: Mapping[str, str], tool_version: str) -> str:
         """What must be the same for an unfinished run to be continued."""
         parts = {
+            "qoq": tool_version,
             "recipe": self.request.recipe.model_dump(mode="json"),
             "source": dict(source_hashes),
             "calibration": calibration,
@@ -110,16 +111,18 @@ def open_model(path: Path, *, trust_remote_code: bool = False) -> tuple[Skeleton
 
     Raises InputError that lists every missing, misshapen or unexpected tensor.
     """
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         _refuse_quantized(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type, tuple(config.architectures or ()))
     source = open_source(path, family)
     names = set(source.names())
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         _refuse_unread_rope(path, config)
         config.tie_word_embeddings = f"{family.lm_head}.weight" not in names
         config.architectures = [family.architecture]
+    elif config.tie_word_embeddings and _has_own_head(source, family):
+        config.tie_word_embeddings = False
     skeleton = build_skeleton(config, where=str(path))
     problems = []
     for name, shape in skeleton.tensor_shapes().items():
@@ -171,6 +174,14 @@ def make_plan(request: QuantizeRequest) -> Plan:
         estimate=_estimate(skeleton, source, quantized, shards, recipe),
         warnings=tuple(warnings),
     )
+
+
+def _has_own_head(source: TensorSource, family: Family) -> bool:
+    """Whether the files hold an lm_head of their own although the configuration ties it; transformers unties it too."""
+    head, embedding = f"{family.lm_head}.weight", f"{family.embedding}.weight"
+    if not {head, embedding} <= set(source.names()) or source.info(head) != source.info(embedding):
+        return False
+    return not torch.equal(source.load(head), source.load(embedding))
 
 
 def _refuse_quantized(path: Path) -> None:

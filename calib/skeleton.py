@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from qoq.calib.attention import ATTENTION_NAME
 from qoq.formats.packing import TILE
+from qoq.formats.sources import is_gguf
 from qoq.recipes.errors import InputError, raise_problems
 from qoq.recipes.families import Family, family_of
 
@@ -98,7 +99,7 @@ class Skeleton:
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read the configuration of a model folder or a GGUF file. Raises InputError."""
-    folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
+    folder, gguf_file = (path.parent, path.name) if is_gguf(path) else (path, None)
     if gguf_file is None and not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json", remedy="pass the folder of a Hugging Face model, or a .gguf file")
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -117,7 +118,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Read the tokenizer of a model folder or a GGUF file. Raises InputError."""
-    folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
+    folder, gguf_file = (path.parent, path.name) if is_gguf(path) else (path, None)
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file

@@ -32,6 +32,12 @@ class RangeObserver:
         self.keys = keys if self.keys is None else torch.maximum(self.keys, keys)
         self.queries = queries if self.queries is None else torch.maximum(self.queries, queries)
 
+    @property
+    def is_finite(self) -> bool:
+        """False when a key or query was NaN or infinite."""
+        seen = [ranges for ranges in (self.keys, self.queries) if ranges is not None]
+        return all(bool(torch.isfinite(ranges).all()) for ranges in seen)
+
 
 @dataclass(frozen=True)
 class KeyRanges:
@@ -56,6 +62,15 @@ class KeyRanges:
         scale = self.keys**alpha / self.queries**beta
         usable = torch.isfinite(scale) & torch.isfinite(1.0 / scale)  # it is divided by, too
         return torch.where(usable, scale, torch.ones_like(scale))
+
+    def balanced(self, scale: Tensor) -> Tensor:
+        """`scale` times a power of two for each head, so that the largest query and the largest key meet.
+
+        One factor for a whole head changes no code of its keys, but without it folded queries may leave float16.
+        """
+        keys, queries = (self.keys / scale).amax(dim=1, keepdim=True), (self.queries * scale).amax(dim=1, keepdim=True)
+        exponent = torch.round(torch.log2(keys / queries) / 2)
+        return scale * torch.exp2(torch.where(torch.isfinite(exponent), exponent, torch.zeros_like(exponent)))
 
 
 class StrengthSearch:

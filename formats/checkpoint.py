@@ -14,6 +14,7 @@ from qoq.formats.manifest import MANIFEST_NAME, read_manifest
 from qoq.formats.packing import packed_shapes, unpack_linear
 from qoq.formats.quantization_config import QUANT_METHOD, QuantizationConfig
 from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.formats.safetensors_file import COPY_AGAIN
 from qoq.formats.sources import TensorSource, open_folder
 from qoq.recipes.errors import InputError
 
@@ -26,9 +27,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no config.json", remedy="pass the folder of a Hugging Face model") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+        raise InputError(f"{path}: not valid JSON ({error})", remedy=COPY_AGAIN) from error
     if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
+        raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}", remedy=COPY_AGAIN)
     return config
 
 

@@ -76,12 +76,17 @@ class FolderSource:
             ) from None
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is taken for a GGUF file: by its name alone."""
+    return path.suffix.lower() == ".gguf"
+
+
 def open_source(path: Path, family: Family) -> TensorSource:
     """Open a model folder or a `.gguf` file; `family` gives the tensor names of the latter.
 
     Raises InputError for whatever cannot be read, or for a GGUF file of another architecture than the family's.
     """
-    if path.suffix.lower() != ".gguf":
+    if not is_gguf(path):
         return open_folder(path)
     from qoq.formats.gguf_file import GGUFSource, gguf_architecture
 

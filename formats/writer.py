@@ -128,7 +128,7 @@ class ShardWriter:
                 f"{name}: planned {info.dtype} {list(info.shape)}, got {tensor.dtype} {list(tensor.shape)}"
             )
         path = self._folder / shard.name
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy()
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with disk_errors(path), path.open("r+b") as file:
             file.seek(shard.offsets[name])
             file.write(data.data)

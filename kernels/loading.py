@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qoq.kernels.hf  # noqa: F401  (registers the format)
 from qoq.formats.checkpoint import is_checkpoint, open_checkpoint
+from qoq.formats.sources import is_gguf
 from qoq.recipes.errors import InputError
 
 
@@ -21,7 +22,7 @@ def load_model(path: Path, *, device: str = "cpu", trust_remote_code: bool = Fal
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     options["dtype"] = torch.float32 if device == "cpu" else "auto"
     folder = path
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         folder, options["gguf_file"] = path.parent, path.name
     elif is_checkpoint(path):
         open_checkpoint(path)  # complete, and its headers sound, before transformers reads a byte

@@ -45,12 +45,14 @@ def generate(
 
     import torch
     from transformers import TextStreamer
+    from transformers.utils.logging import disable_progress_bar
 
     from qoq.calib.job import check_device
     from qoq.calib.skeleton import load_tokenizer
     from qoq.kernels.loading import load_model
 
     check_device(target)
+    disable_progress_bar()  # of loading weights; it would write to stderr
     tokenizer = load_tokenizer(location.path, trust_remote_code=trust_remote_code)
     model = load_model(location.path, device=target, trust_remote_code=trust_remote_code)
     text = prompt

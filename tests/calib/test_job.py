@@ -142,7 +142,14 @@ def folded_independently(case: Quantized, reference: Any, index: int, entering: 
         ranges[:, :half] = ranges[:, half:] = np.maximum(ranges[:, :half], ranges[:, half:])
     if config.model_type == "qwen3":
         keys[:], queries[:] = keys.max(axis=0), queries.max(axis=0)
-    factors = torch.from_numpy(np.stack([k**a / q ** (1 - a) for k, q, a in zip(keys, queries, alphas, strict=True)]))
+    spec = case.plan.request.recipe.smooth_attention
+    assert spec is not None
+    lambdas = []
+    for k, q, a in zip(keys, queries, alphas, strict=True):
+        factor = k**a / q ** (1 - a if spec.mode == "search" else spec.beta)
+        # A power of two brings the largest key and the largest query of the head together.
+        lambdas.append(factor * 2.0 ** np.round(np.log2((k / factor).max() / (q * factor).max()) / 2))
+    factors = torch.from_numpy(np.stack(lambdas))
     attention = prefix + "self_attn."
     if config.model_type == "qwen3":
         tensors[attention + "k_norm.weight"] = (tensors[attention + "k_norm.weight"] / factors[0]).float()

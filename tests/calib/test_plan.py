@@ -378,17 +378,18 @@ def test_estimates_follow_from_sizes(make_model: MakeModel) -> None:
 def test_a_fingerprint_is_of_everything_that_decides_the_result(make_model: MakeModel) -> None:
     model = make_model("llama")
     hashes = {"model.safetensors": "abc"}
-    base = plan_of(model).fingerprint("text", hashes)
-    assert plan_of(model).fingerprint("text", hashes) == base
-    assert plan_of(model, revision="main").fingerprint("text", hashes) == base
+    base = plan_of(model).fingerprint("text", hashes, "1")
+    assert plan_of(model).fingerprint("text", hashes, "1") == base
+    assert plan_of(model, revision="main").fingerprint("text", hashes, "1") == base
     others = [
-        plan_of(model).fingerprint("other text", hashes),
-        plan_of(model).fingerprint("text", {"model.safetensors": "abd"}),
-        plan_of(model, kept_dtype="bfloat16").fingerprint("text", hashes),
-        plan_of(model, max_shard_bytes=1000).fingerprint("text", hashes),
-        plan_of(model, recipe=Recipe(name="test", group_size=None)).fingerprint("text", hashes),
-        plan_of(model, recipe=Recipe(name="test", ignore=("q_proj",))).fingerprint("text", hashes),
-        plan_of(model, recipe=Recipe(name="test", smooth_attention=SmoothAttention())).fingerprint("text", hashes),
+        plan_of(model).fingerprint("other text", hashes, "1"),
+        plan_of(model).fingerprint("text", hashes, "2"),
+        plan_of(model).fingerprint("text", {"model.safetensors": "abd"}, "1"),
+        plan_of(model, kept_dtype="bfloat16").fingerprint("text", hashes, "1"),
+        plan_of(model, max_shard_bytes=1000).fingerprint("text", hashes, "1"),
+        plan_of(model, recipe=Recipe(name="test", group_size=None)).fingerprint("text", hashes, "1"),
+        plan_of(model, recipe=Recipe(name="test", ignore=("q_proj",))).fingerprint("text", hashes, "1"),
+        plan_of(model, recipe=Recipe(name="test", smooth_attention=SmoothAttention())).fingerprint("text", hashes, "1"),
     ]
     assert len({base, *others}) == 1 + len(others)
 
@@ -396,7 +397,7 @@ def test_a_fingerprint_is_of_everything_that_decides_the_result(make_model: Make
 def test_the_folder_a_model_lies_in_is_no_part_of_the_fingerprint(make_model: MakeModel) -> None:
     one, two = make_model("llama"), make_model("llama")
     assert one.folder != two.folder
-    assert plan_of(one).fingerprint("text", {}) == plan_of(two).fingerprint("text", {})
+    assert plan_of(one).fingerprint("text", {}, "1") == plan_of(two).fingerprint("text", {}, "1")
 
 
 # ---- the skeleton

@@ -435,3 +435,26 @@ def test_sliding_mask(length: int, window: int | None) -> None:
 def test_fold_points_of_all_families() -> None:
     folds = {name: family_of(name).key_fold for name in FAMILIES}
     assert folds == {"llama": "projections", "mistral": "projections", "qwen2": "projections", "qwen3": "norms"}
+
+
+@given(seed=SEEDS, alpha=st.sampled_from([0.0, 0.5, 1.0]), beta=st.sampled_from([0.0, 0.5]))
+def test_balancing_gives_a_head_one_power_of_two_and_keeps_both_sides_small(
+    seed: int, alpha: float, beta: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys, queries = (torch.exp2(torch.rand(3, 8, generator=generator) * 30 - 15) for _ in range(2))
+    ranges = KeyRanges(keys, queries)
+    scale = ranges.scale(alpha, beta)
+    balanced = ranges.balanced(scale)
+    for head in range(3):
+        factor = (balanced[head] / scale[head]).tolist()
+        assert factor == pytest.approx([factor[0]] * 8, rel=1e-6)
+        assert math.log2(factor[0]) == pytest.approx(round(math.log2(factor[0])), abs=1e-6)
+        largest_key = float((keys[head] / balanced[head]).max())
+        largest_query = float((queries[head] * balanced[head]).max())
+        assert 0.49 < largest_key / largest_query < 2.05
+
+
+def test_balancing_leaves_unused_heads_alone() -> None:
+    ranges = ranges_of([[0.0, 0.0]], [[3.0, 9.0]])
+    assert ranges.balanced(torch.ones(1, 2)).tolist() == [[1.0, 1.0]]

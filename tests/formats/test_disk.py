@@ -41,9 +41,7 @@ def test_what_is_synced_and_in_which_order(tmp_path: Path, monkeypatch: pytest.M
     """The content before the name, the name before anything that relies on it."""
     order: list[str] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("rename"), replace(self, to)))
     write_atomically(tmp_path / "a", b"data")
     assert order == ["a.tmp", "rename", tmp_path.name]
@@ -86,9 +84,9 @@ def test_hashes_of_any_size(size: int, tmp_path: Path) -> None:
 
 
 def test_sync_folder_leaks_nothing(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(10):
         sync_folder(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "nowhere")

@@ -146,39 +146,44 @@ def test_ten_kills_in_one_run_and_ten_runs(
     assert len(set(seen)) >= 4, seen  # the moments were different ones
 
 
-def test_ctrl_c_and_resume(long_run: Any, uninterrupted: Any, qoq: Any, contents: Any, tmp_path: Path) -> None:
+def test_a_second_process_is_kept_off_and_ctrl_c_is_no_loss(
+    long_run: Any, uninterrupted: Any, qoq: Any, fails: Any, contents: Any, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     process = start(*long_run, "-o", output)
-    wait_until_it_writes(process, output)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        wait_until_it_writes(process, output)
+        process.send_signal(signal.SIGSTOP)  # it holds its lock all the same
+        for extra in ((), ("--restart",)):
+            message = fails(2, *long_run, "-o", output, *extra)
+            assert "another `qoq quantize` is writing here" in message
+            assert str(output) in message
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert "run the same command again to continue" in " ".join(stderr.split())
+    assert (output / WORK / "lock").exists()
     assert not (output / MANIFEST).exists()
     outcome = qoq(*long_run, "-o", output)
     assert outcome.code == 0, outcome.stderr
     assert contents(output) == uninterrupted[0]
 
 
-def test_a_second_process_is_kept_off(long_run: Any, uninterrupted: Any, fails: Any, tmp_path: Path) -> None:
-    """A stopped process still holds its lock; a killed one does not. Then also: a terminated one can be continued."""
+@pytest.mark.slow
+def test_a_terminated_run_continues(long_run: Any, uninterrupted: Any, qoq: Any, contents: Any, tmp_path: Path) -> None:
+    """SIGTERM, as batch systems and containers send it, is like a kill."""
     output = tmp_path / "out"
     process = start(*long_run, "-o", output)
-    try:
-        wait_until_it_writes(process, output)
-        process.send_signal(signal.SIGSTOP)
-        message = fails(2, *long_run, "-o", output)
-        assert "another `qoq quantize` is writing here" in message
-        assert str(output) in message
-        fails(2, *long_run, "-o", output, "--restart")
-        process.send_signal(signal.SIGCONT)
-        process.terminate()
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (output / WORK / "lock").exists()
-    assert not (output / MANIFEST).exists()
+    wait_until_it_writes(process, output)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert qoq(*long_run, "-o", output).code == 0
+    assert contents(output) == uninterrupted[0]
 
 
 # ---- every point at which something is written
@@ -254,7 +259,7 @@ def never_looks_complete(output: Path, fails: Any, expected: dict[str, Any]) -> 
         fails(2, "inspect", output)
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_point(
     step: int, small_run: Any, whole_small: dict[str, Any], qoq: Any, contents: Any, fails: Any, tmp_path: Path
 ) -> None:
@@ -276,7 +281,7 @@ def test_killed_at_every_point(
         shutil.rmtree(output)
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_full_disk_at_every_point(
     step: int, small_run: Any, whole_small: dict[str, Any], qoq: Any, contents: Any, fails: Any, tmp_path: Path
 ) -> None:
