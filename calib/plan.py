@@ -135,7 +135,11 @@ def open_model(path: Path, *, trust_remote_code: bool = False) -> tuple[Skeleton
         elif not info.dtype.is_floating_point:
             problems.append(f"{name}: {info.dtype}, expected floating point")
     problems += [f"{name}: the configuration does not know it" for name in _unexpected(skeleton, names, inside=True)]
-    raise_problems(f"{path}: the weights do not fit the configuration", problems)
+    raise_problems(
+        f"{path}: the weights do not fit the configuration",
+        problems,
+        remedy="download config.json and weights together",
+    )
     return skeleton, source
 
 

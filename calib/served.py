@@ -29,7 +29,9 @@ def open_served(folder: Path, *, trust_remote_code: bool = False) -> ServedModel
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(load_config(folder, trust_remote_code=trust_remote_code), where=str(folder))
     raise_problems(
-        f"{folder}: the files are not what the configuration asks for", structure_problems(checkpoint, skeleton)
+        f"{folder}: the files are not what the configuration asks for",
+        structure_problems(checkpoint, skeleton),
+        remedy="copy the whole folder again, or quantize the model again",
     )
     return ServedModel(checkpoint, skeleton, quantized_linears(checkpoint, skeleton))
 

@@ -17,6 +17,9 @@ from qoq.formats.sources import is_gguf
 from qoq.recipes.errors import InputError, raise_problems
 from qoq.recipes.families import Family, family_of
 
+_DOWNLOAD_AGAIN = "copy or download the file again"
+_SUPPORTED = "`qoq models` lists what is supported; other sizes and RoPE variants need a change in qoq"
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -44,7 +47,8 @@ class Skeleton:
 
     @property
     def num_kv_heads(self) -> int:
-        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        given = getattr(self.config, "num_key_value_heads", None)
+        return self.num_heads if given is None else int(given)
 
     @property
     def head_dim(self) -> int:
@@ -108,9 +112,11 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PretrainedCon
     try:
         config = AutoConfig.from_pretrained(folder, **kwargs)
     except Exception as error:  # transformers raises many kinds here; each means that this config is of no use
-        hint = " (pass --trust-remote-code if you trust this model's code)" if "trust_remote_code" in str(error) else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot read the model's configuration: {reason}{hint}") from error
+        needs_trust = "trust_remote_code" in str(error)
+        raise InputError(
+            f"{path}: cannot read the model's configuration: {_reason(error)}",
+            remedy="pass --trust-remote-code if you trust this model's code" if needs_trust else _DOWNLOAD_AGAIN,
+        ) from error
     if not isinstance(config, PretrainedConfig):
         raise InputError(f"{path}: config.json does not describe a model")
     return config
@@ -130,11 +136,15 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     except Exception as error:  # as above: whatever the cause, there is no tokenizer to use
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot read the tokenizer: {reason}") from error
+        raise InputError(f"{path}: cannot read the tokenizer: {_reason(error)}", remedy=_DOWNLOAD_AGAIN) from error
     # Windows are cut after tokenizing whole documents, so the "sequence too long" warning would only confuse.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """What another library said, on one line."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
 def build_skeleton(config: PretrainedConfig, *, where: str) -> Skeleton:
@@ -147,7 +157,7 @@ def build_skeleton(config: PretrainedConfig, *, where: str) -> Skeleton:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     problems = [*_rope_problems(config, family), *_size_problems(config, family)]
-    raise_problems(f"{where}: this model cannot be quantized", problems)
+    raise_problems(f"{where}: this model cannot be quantized", problems, remedy=_SUPPORTED)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=torch.float32)
     skeleton = Skeleton(model.config, family, model.eval())
@@ -156,7 +166,7 @@ def build_skeleton(config: PretrainedConfig, *, where: str) -> Skeleton:
         for name, linear in skeleton.linears(0).items()
         if linear.out_features % TILE
     ]
-    raise_problems(f"{where}: this model cannot be quantized", misfits)
+    raise_problems(f"{where}: this model cannot be quantized", misfits, remedy=_SUPPORTED)
     return skeleton
 
 
@@ -173,10 +183,14 @@ def _rope_problems(config: PretrainedConfig, family: Family) -> list[str]:
 
 
 def _size_problems(config: PretrainedConfig, family: Family) -> list[str]:
-    problems = []
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    problems = [f"{name} is {size}, expected at least 1" for name in sizes if (size := getattr(config, name)) < 1]
+    if problems:
+        return problems
     heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size / heads if heads else 0)
+    given = getattr(config, "num_key_value_heads", None)
+    kv_heads = heads if given is None else int(given)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size / heads
     if head_dim not in family.head_dims:
         allowed = " or ".join(map(str, family.head_dims))
         problems.append(f"head_dim is {head_dim:g}, expected {allowed}")
@@ -184,8 +198,6 @@ def _size_problems(config: PretrainedConfig, family: Family) -> list[str]:
         problems.append(f"{heads} attention heads do not share {kv_heads} KV heads evenly")
     if getattr(config, "hidden_act", "silu") != "silu":
         problems.append(f"activation {config.hidden_act!r} is not supported (supported: silu)")
-    if int(config.num_hidden_layers) < 1:
-        problems.append("num_hidden_layers must be at least 1")
     return problems
 
 

@@ -108,7 +108,9 @@ def _parquet_documents(path: Path) -> Documents:
             raise InputError(f"{path}: column `text` holds {kind}, expected strings")
         column = parquet.read_table(path, columns=["text"]).column("text")
     except pa.ArrowException as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"{path}: not a readable parquet file ({str(error).splitlines()[0]})", remedy="copy or make the file again"
+        ) from error
     return Rows(len(column), lambda index: column[index].as_py())
 
 

@@ -77,8 +77,8 @@ class FolderSource:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is taken for a GGUF file: by its name alone."""
-    return path.suffix.lower() == ".gguf"
+    """Whether a path is taken for a GGUF file: by its name, unless it is a folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def open_source(path: Path, family: Family) -> TensorSource:

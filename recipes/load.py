@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from qoq.recipes.errors import InputError
 from qoq.recipes.schema import Recipe
 
+_EXAMPLE = "`qoq recipes qoq-g128` prints a complete recipe to start from"
+
 
 def preset_names() -> list[str]:
     """Names of the recipes that come with qoq, in a fixed order."""
@@ -44,14 +46,16 @@ def parse_recipe(text: str, *, origin: str, name: str) -> Recipe:
     try:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"recipe {origin}: not valid YAML ({error})") from error
+        raise InputError(f"recipe {origin}: not valid YAML ({error})", remedy=_EXAMPLE) from error
     if not isinstance(data, dict):
-        raise InputError(f"recipe {origin}: expected a mapping of keys to values, got {type(data).__name__}")
+        raise InputError(
+            f"recipe {origin}: expected a mapping of keys to values, got {type(data).__name__}", remedy=_EXAMPLE
+        )
     try:
         return Recipe.model_validate({"name": name, **data})
     except ValidationError as error:
         lines = [f"  - {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
         raise InputError(
             "\n".join([f"recipe {origin}: {error.error_count()} problem(s)", *lines]),
-            remedy="`qoq recipes qoq-g128` prints a complete recipe to start from",
+            remedy=_EXAMPLE,
         ) from error

@@ -28,7 +28,7 @@ class SmoothAttention(_Frozen):
     alpha: float = Field(0.5, ge=0.0, le=1.0)
     beta: float = Field(0.0, ge=0.0, le=1.0)
     alphas: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875, 1.0)
-    search_tokens: int = Field(16384, ge=1, description="calibration tokens the search looks at")
+    search_tokens: int = Field(8192, ge=1, description="calibration tokens the search looks at")
 
     @model_validator(mode="after")
     def _check_alphas(self) -> SmoothAttention:

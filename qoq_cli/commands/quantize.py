@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -281,7 +280,7 @@ def _render_result(console: Console, plan: Plan, result: RunResult) -> None:
     for record in manifest["blocks"]:
         errors = [record["linears"].get(role) for role in roles]
         cells = [f"{error['output_error']:.3f}" if error else "-" for error in errors]
-        alphas = [_short_alphas(record["smooth_alphas"])] if has_alphas else []
+        alphas = [_mean_alpha(record["smooth_alphas"])] if has_alphas else []
         table.add_row(str(record["block"]), f"{record['output_error']:.4f}", *cells, *alphas)
     console.print(table)
     totals, run = manifest["totals"], manifest["run"]
@@ -307,8 +306,5 @@ def _bits(bits: float | None) -> str:
     return "16 (nothing quantized)" if bits is None else f"{bits:.3f}"
 
 
-def _short_alphas(alphas: list[float] | None) -> str:
-    if not alphas:
-        return "-"
-    counts = Counter(alphas)
-    return " ".join(f"{alpha:g}" + (f"x{counts[alpha]}" if counts[alpha] > 1 else "") for alpha in sorted(counts))
+def _mean_alpha(alphas: list[float] | None) -> str:
+    return f"{sum(alphas) / len(alphas):.2f}" if alphas else "-"

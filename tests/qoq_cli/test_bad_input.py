@@ -191,10 +191,15 @@ def test_integer_weights(model: Path, refused: Any) -> None:
     assert WEIGHT in refused(2, model)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    "name",
-    [WEIGHT, "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"],
+    ("name", "value"),
+    [
+        (WEIGHT, float("nan")),
+        (WEIGHT, -float("inf")),
+        ("model.embed_tokens.weight", float("inf")),
+        ("model.norm.weight", float("nan")),
+        ("model.layers.0.input_layernorm.weight", float("nan")),
+    ],
 )
 def test_values_that_are_not_finite(name: str, value: float, model: Path, refused: Any) -> None:
     tensor = load_file(model / "model.safetensors")[name].clone()
@@ -221,8 +226,6 @@ def test_weights_that_do_not_fit_float16(model: Path, refused: Any) -> None:
 
 
 # ---- what cannot be quantized
-
-crashes = pytest.mark.xfail(reason="qoq.calib.skeleton lets sizes of 0 and below through", raises=AssertionError)
 
 
 @pytest.mark.parametrize(
@@ -253,17 +256,17 @@ crashes = pytest.mark.xfail(reason="qoq.calib.skeleton lets sizes of 0 and below
         ({"head_dim": 80}, "head_dim is 80"),
         ({"head_dim": 32}, "head_dim is 32"),
         ({"num_attention_heads": 3}, "config"),
-        pytest.param({"num_attention_heads": 0}, "head", marks=crashes),
-        pytest.param({"num_key_value_heads": 0}, "head", marks=crashes),
+        ({"num_attention_heads": 0}, "configuration"),
+        ({"num_key_value_heads": 0}, "head"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"num_hidden_layers": 3}, "model.layers.2"),
         ({"num_hidden_layers": "two"}, "config"),
-        pytest.param({"hidden_size": -128}, "config", marks=crashes),
+        ({"hidden_size": -128}, "hidden_size is -128"),
         ({"hidden_size": None}, "config"),
         ({"intermediate_size": 250}, "250"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"vocab_size": 10}, "embed_tokens"),
-        pytest.param({"vocab_size": -10}, "config", marks=crashes),
+        ({"vocab_size": -10}, "vocab_size is -10"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",

@@ -313,7 +313,7 @@ def test_a_defect_shows_its_stack_only_when_asked(
         qoq("inspect", tiny_checkpoint, traceback=True)
 
 
-@pytest.mark.parametrize("options", ["--tensors", "--tensors --json"])
+@pytest.mark.parametrize("options", ["--tensors", pytest.param("--tensors --json", marks=pytest.mark.slow)])
 def test_a_reader_that_leaves_is_no_error(options: str, tiny_checkpoint: Path) -> None:
     qoq = Path(sys.executable).with_name("qoq")
     command = f"{qoq} inspect {tiny_checkpoint} {options} | head -c 1; echo ${{PIPESTATUS[0]}}"

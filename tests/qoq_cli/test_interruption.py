@@ -318,7 +318,7 @@ def test_killed_again_and_again(small_run: Any, whole_small: Any, qoq: Any, cont
     assert contents(output) == whole_small
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_restart_killed_at_every_point(
     step: int, small_run: Any, small_model: Path, whole_small: Any, qoq: Any, contents: Any, fails: Any, tmp_path: Path
 ) -> None:
