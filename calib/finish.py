@@ -149,7 +149,7 @@ def _copy(source: Path, output: Path, names: list[str]) -> None:
 def _model_card(plan: Plan, manifest: dict[str, Any]) -> str:
     request, totals, calibration = plan.request, manifest["totals"], manifest["calibration"]
     front = ModelCardData(
-        base_model=request.model_name if "/" in request.model_name and not request.model.is_absolute() else None,
+        base_model=request.model_name if "/" in request.model_name else None,  # only hub ids have a slash
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qoq", request.recipe.scheme],

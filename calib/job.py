@@ -73,6 +73,8 @@ def run(
         resumed_at = state.next_block
         writer = ShardWriter(work.path, plan.shards)
         if state.next_block < total:
+            if state.next_block == 0:
+                work.check_space(plan.estimate.disk)
             writer.prepare(must_exist=state.next_block > 0)
             hidden = _first_states(plan, work, state, windows.tokens, writer)
             state = _quantize_blocks(plan, work, state, hidden, writer, started, on_progress)

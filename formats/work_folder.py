@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qoq.formats.disk import disk_errors, sync_folder, write_atomically
 from qoq.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
-from qoq.recipes.errors import InputError
+from qoq.recipes.errors import EnvironmentProblem, InputError
 
 WORK_NAME = ".qoq-work"
 _STATE_NAME = "state.json"
@@ -176,6 +176,17 @@ class WorkFolder:
                     if path.is_file() or path.is_symlink():
                         path.unlink()
             self._empty()
+
+    def check_space(self, needed: int) -> None:
+        """Raise EnvironmentProblem when the disk has less than `needed` bytes for this run, before it does any work."""
+        with disk_errors(self.path):
+            held = sum(path.stat().st_blocks * 512 for path in self.path.iterdir())
+            free = shutil.disk_usage(self.path).free
+        if free + held < needed:
+            raise EnvironmentProblem(
+                f"{self.output}: {free / 1e9:.2f} GB are free on this disk, and the run needs {needed / 1e9:.2f} GB",
+                remedy="free some space, or choose another --output; nothing was written",
+            )
 
     def remove(self) -> None:
         """Remove the folder when the checkpoint is complete."""

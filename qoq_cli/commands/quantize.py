@@ -13,8 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from qoq.recipes.errors import InputError
-from qoq.recipes.load import load_recipe, preset_names
-from qoq.recipes.schema import Recipe
 from qoq_cli import __version__
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import EMBEDDED, builtin_texts, resolve_model
@@ -24,6 +22,7 @@ from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption,
 if TYPE_CHECKING:
     from qoq.calib.job import RunResult
     from qoq.calib.plan import Plan
+    from qoq.recipes.schema import Recipe
 
 _BUILTIN_CALIBRATION = {"dataset": "builtin", "samples": 64, "seq_len": 512}
 """The embedded models come with their own calibration text and a context of 512 tokens."""
@@ -86,6 +85,8 @@ def quantize(
     Examples: `qoq quantize tiny`; `qoq quantize llama-3-8b --g128 --device cuda`;
     `qoq quantize ./my-model --calib my-text.txt --samples 64 -o out`.
     """
+    from qoq.recipes.load import preset_names
+
     terminal = Terminal(as_json, quiet)
     location = resolve_model(model, revision=revision, note=terminal.note)
     # Presets name calibration sets of the hub; the embedded models have text of their own.
@@ -107,7 +108,7 @@ def quantize(
     plan = make_plan(
         QuantizeRequest(
             model=location.path,
-            model_name=location.name,
+            model_name=location.hub_id or location.name,
             output=target,
             recipe=chosen,
             revision=location.revision,
@@ -141,6 +142,9 @@ def build_recipe(
 ) -> Recipe:
     """The recipe by name, with what the command line changes. Raises InputError for values it does not allow."""
     from pydantic import ValidationError
+
+    from qoq.recipes.load import load_recipe
+    from qoq.recipes.schema import Recipe
 
     loaded = load_recipe(name or ("qoq-chn" if g128 is False else "qoq-g128"))
     data = loaded.model_dump()
@@ -276,7 +280,7 @@ def _render_result(console: Console, plan: Plan, result: RunResult) -> None:
         table.add_column(role.rpartition(".")[2].removesuffix("_proj"), justify="right", no_wrap=True)
     has_alphas = any(record["smooth_alphas"] for record in manifest["blocks"])
     if has_alphas:
-        table.add_column("alpha by head")
+        table.add_column("alpha", justify="right")
     for record in manifest["blocks"]:
         errors = [record["linears"].get(role) for role in roles]
         cells = [f"{error['output_error']:.3f}" if error else "-" for error in errors]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from qoq.recipes.load import load_recipe, preset_names
 from qoq_cli.terminal import JsonOption, Terminal, TracebackOption, guarded
 
 
@@ -23,6 +21,10 @@ def recipes(
 
     Example: `qoq recipes qoq-g128 > mine.yaml`, then `qoq quantize MODEL --recipe mine.yaml`.
     """
+    import yaml
+
+    from qoq.recipes.load import load_recipe, preset_names
+
     terminal = Terminal(as_json)
     if name is not None:
         data = load_recipe(name).model_dump(mode="json")
