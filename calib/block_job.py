@@ -72,7 +72,7 @@ class FinishedBlock:
     record: BlockRecord
 
 
-def quantize_block(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner, tick: Tick) -> FinishedBlock:
+def quantize_block_(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner, tick: Tick) -> FinishedBlock:
     """Quantize block `index`; `hidden` float32 [S, L, H] enters it and, on return, holds what leaves it.
 
     Raises InputError naming the block or tensor when weights or activations are not finite or do not fit float16.
@@ -82,7 +82,7 @@ def quantize_block(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner, 
     quantized = _round(plan, index, tensors)
     tick("rounded", 0.1)
     kept = _kept_tensors(plan, index, tensors, quantized)
-    output_error, linear_errors = _advance(plan, index, tensors, quantized, kept, hidden, runner, tick)
+    output_error, linear_errors = _advance_(plan, index, tensors, quantized, kept, hidden, runner, tick)
     linears = {
         name: LinearRecord(
             weight_error=relative_error(linear.dequantize(), tensors[f"{name}.weight"].cpu()),
@@ -177,7 +177,7 @@ def to_kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return kept
 
 
-def _advance(
+def _advance_(
     plan: Plan,
     index: int,
     tensors: dict[str, Tensor],

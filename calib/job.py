@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from qoq.calib.block_job import FinishedBlock, quantize_block, to_kept
+from qoq.calib.block_job import FinishedBlock, quantize_block_, to_kept
 from qoq.calib.corpus import Windows
 from qoq.calib.finish import finish_checkpoint
 from qoq.calib.plan import Plan
@@ -77,7 +77,7 @@ def run(
                 work.check_space(plan.estimate.disk)
             writer.prepare(must_exist=state.next_block > 0)
             hidden = _first_states(plan, work, state, windows.tokens, writer)
-            state = _quantize_blocks(plan, work, state, hidden, writer, started, on_progress)
+            state = _quantize_blocks_(plan, work, state, hidden, writer, started, on_progress)
         on_progress(Progress(total, total, "writing the manifest"))
         run_facts = _run_facts(state, started)
         manifest = finish_checkpoint(plan, work, state, windows, hashes, tool_version=tool_version, run=run_facts)
@@ -135,7 +135,7 @@ def _first_states(plan: Plan, work: WorkFolder, state: JobState, tokens: Tensor,
     return embed(plan.source, plan.skeleton, tokens, plan.kept_dtype)
 
 
-def _quantize_blocks(
+def _quantize_blocks_(
     plan: Plan,
     work: WorkFolder,
     state: JobState,
@@ -155,7 +155,7 @@ def _quantize_blocks(
             done = min(done + share, index + 1.0)
             on_progress(Progress(done, total, f"block {index}: {message}"))
 
-        finished = quantize_block(plan, index, hidden, runner, tick)
+        finished = quantize_block_(plan, index, hidden, runner, tick)
         _write_block(plan, index, finished, writer)
         state = replace(
             state,

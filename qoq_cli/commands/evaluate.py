@@ -40,12 +40,18 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="16-bit model to compare with: adds KL divergence and top-1 agreement.")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.  [default: 2048]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N windows.")] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="KV cache bits: 4, 8 or 16.  [default: the checkpoint's]")] = None,
-    act_bits: Annotated[int | None, typer.Option(help="Activation bits: 8 or 16.  [default: the checkpoint's]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hugging Face hub.")] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: 2048]")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Score only the first N windows.")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="KV cache bits: 4, 8 or 16.  [default: the checkpoint's]")
+    ] = None,
+    act_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Activation bits: 8 or 16.  [default: the checkpoint's]")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
     ] = False,
@@ -61,6 +67,9 @@ def evaluate(
     Examples: `qoq eval checkpoints/tiny-w4a8kv4-g128 --baseline tiny --ppl builtin`; `qoq eval CKPT --kv-bits 16`.
     """
     terminal = Terminal(as_json, quiet)
+    for option, count, least in (("--seq-len", seq_len, 2), ("--limit", limit, 1)):
+        if count is not None and count < least:
+            raise InputError(f"{option} {count}: too small", remedy=f"pass at least {least}")
     if kv_bits not in (None, 4, 8, 16):
         raise InputError(f"--kv-bits {kv_bits}: not supported", remedy="use 4, 8 or 16")
     if act_bits not in (None, 8, 16):

@@ -23,11 +23,11 @@ def generate(
         int, typer.Option("-n", "--max-new-tokens", min=1, help="At most this many tokens.")
     ] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Draws the tokens when the temperature is above 0.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Draws the tokens when the temperature is above 0.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
     ] = False,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qoq.calib.plan import Plan
     from qoq.recipes.schema import Recipe
 
-_BUILTIN_CALIBRATION = {"dataset": "builtin", "samples": 64, "seq_len": 512}
+_BUILTIN_CALIBRATION = {"dataset": "builtin", "samples": 32, "seq_len": 512}
 """The embedded models come with their own calibration text and a context of 512 tokens."""
 
 _Model = Annotated[
@@ -50,21 +50,33 @@ def quantize(
         str | None,
         typer.Option(help="Calibration text: pileval, wikitext, c4, builtin, or a .txt, .jsonl or .parquet file."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows.  [default: 128]")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens in a window.  [default: 1024]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the calibration windows.  [default: 0]")] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="Bits of the KV cache: 4, 8 or 16.  [default: 4]")] = None,
-    act_bits: Annotated[int | None, typer.Option(help="Bits of activations: 8 or 16.  [default: 8]")] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration windows.  [default: 128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: 1024]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Draws the calibration windows.  [default: 0]")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Bits of the KV cache: 4, 8 or 16.  [default: 4]")
+    ] = None,
+    act_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Bits of activations: 8 or 16.  [default: 8]")
+    ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Quantize only linears whose name matches this regular expression.")
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Quantize only linears whose name matches this regular expression."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave linears whose name matches this regular expression in 16 bit.")
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Leave linears whose name matches this regular expression in 16 bit."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Type of what stays in 16 bit: float16 or bfloat16.")] = "float16",
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")] = "5GB",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hugging Face hub.")] = None,
+    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Type of what stays in 16 bit: float16 or bfloat16.")
+    ] = "float16",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")
+    ] = "5GB",
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
     ] = False,
@@ -157,7 +169,7 @@ def build_recipe(
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        option = str(first["loc"][-1] if len(first["loc"]) < 2 else first["loc"][0]).replace("_", "-")
+        option = next(str(key) for key in first["loc"] if key != "calibration").replace("_", "-")
         raise InputError(
             f"--{option} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}",
             remedy="`qoq quantize -h` says what each option takes",

@@ -29,7 +29,7 @@ def verify(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The 16-bit model: adds the error of each block and linear.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the comparison with --against.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEV", help="Device of the comparison with --against.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
     ] = False,

@@ -405,7 +405,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(
         raise AssertionError("the work has begun")
 
     monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
-    monkeypatch.setattr("qoq.calib.job.quantize_block", quantize_block)
+    monkeypatch.setattr("qoq.calib.job.quantize_block_", quantize_block)
     message = refused(3, small_model)
     assert "no space left" in message
     assert str(tmp_path / "out") in message
@@ -550,7 +550,7 @@ def test_running_out_of_memory(small_model: Path, refused: Any, monkeypatch: pyt
     def quantize_block(*args: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("qoq.calib.job.quantize_block", quantize_block)
+    monkeypatch.setattr("qoq.calib.job.quantize_block_", quantize_block)
     assert "out of memory" in refused(3, small_model)
 
 

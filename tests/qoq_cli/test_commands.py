@@ -289,13 +289,29 @@ def test_version_and_bare_call(qoq: Any) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [("quantise", "tiny"), ("quantize",), ("quantize", "tiny", "--nope"), ("quantize", "tiny", "--samples", "0")],
+    [("quantise", "tiny"), ("quantize",), ("quantize", "tiny", "--nope"), ("quantize", "tiny", "--samples", "many")],
 )
 def test_wrong_usage_is_exit_code_2(args: tuple[str, ...], qoq: Any) -> None:
     outcome = qoq(*args)
     assert outcome.code == 2
     assert outcome.stdout == ""
     assert "Usage:" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("quantize", "--samples", "0"),
+        ("quantize", "--seq-len", "15"),
+        ("quantize", "--kv-bits", "5"),
+        ("quantize", "--act-bits", "4"),
+        ("eval", "--limit", "0"),
+        ("eval", "--seq-len", "1"),
+        ("eval", "--kv-bits", "3"),
+    ],
+)
+def test_numbers_out_of_range_are_named(command: str, option: str, value: str, fails: Any) -> None:
+    assert f"{option} {value}" in fails(2, command, "tiny", option, value)
 
 
 def test_a_defect_shows_its_stack_only_when_asked(

@@ -384,7 +384,7 @@ def cut_off(qoq: Any, run: Any, output: Path, *, blocks: int = 1) -> None:
     """Leave an unfinished run with `blocks` blocks on disk."""
     from qoq.calib import job
 
-    real = job.quantize_block
+    real = job.quantize_block_
 
     def quantize_block(plan: Any, index: int, *rest: Any) -> Any:
         if index == blocks:
@@ -392,7 +392,7 @@ def cut_off(qoq: Any, run: Any, output: Path, *, blocks: int = 1) -> None:
         return real(plan, index, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "quantize_block", quantize_block)
+        patch.setattr(job, "quantize_block_", quantize_block)
         with pytest.raises(Killed):
             qoq(*run, "-o", output)
     assert json.loads((output / WORK / "state.json").read_bytes())["next_block"] == blocks
