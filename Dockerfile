@@ -1,5 +1,5 @@
 # docker build -t qoq .
-# docker run --rm --gpus all -v "$PWD:/work" qoq quantize llama-3.2-1b
+# docker run --rm --gpus all -v "$PWD:/work" -v ~/.cache/huggingface:/root/.cache/huggingface qoq quantize llama-3.2-1b
 #
 # UBI 9 carries Python 3.11 itself. NVRTC and the CUDA headers come as wheels with torch, so the runtime image is enough.
 FROM nvidia/cuda:13.0.2-runtime-ubi9

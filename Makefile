@@ -64,6 +64,13 @@ demo: setup ## quantize the embedded model two ways, verify, compare (no GPU, no
 	qoq verify build/demo/tiny-qoq --against tiny
 	qoq eval build/demo/tiny-rtn build/demo/tiny-qoq --baseline tiny --ppl builtin
 
+.PHONY: bench
+bench: export PATH := $(abspath $(BIN)):$(PATH)
+bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, peak memory (about 10 minutes)
+	python benchmarks/accuracy.py tiny --calib qoq_cli/demo/tiny/calibration.txt --seq-len 512 --limit 49 \
+	  --evaluation qoq_cli/demo/tiny/evaluation.txt --device cpu --out benchmarks/accuracy-tiny.json
+	python benchmarks/peak_memory.py --out benchmarks/peak-memory.json
+
 # ---- tests
 
 .PHONY: test

@@ -2,7 +2,8 @@
 
 Every number comes from the `qoq` command, run as a user would. MODEL is quantized with each recipe and evaluated with a
 KV cache of 16 and 4 bits; then the same function with key outliers (factor 20 on two RoPE pairs a head) is compared
-under three ways of smoothing: none, the paper's constant alpha = 0.5, and the search.
+under three ways of smoothing: none, the paper's constant alpha = 0.5, and the search; that part may take fewer windows.
+The table is written anew after every group, and --reuse takes checkpoints that an earlier run left in --work.
 
     python benchmarks/accuracy.py MODEL --calib TEXT --evaluation TEXT --out benchmarks/accuracy-NAME.json
 """
@@ -14,7 +15,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,19 @@ class Table:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
+        self._samples, self._limit = arguments.samples, arguments.limit
         self.seconds: dict[str, float] = {}
+
+    def for_injection(self) -> None:
+        """Go on with the windows of the part with injected outliers."""
+        self._samples, self._limit = self._arguments.injection_samples, self._arguments.injection_limit
 
     def quantize(self, name: str, model: object, recipe: object, *more: object) -> Path:
         """Quantize under `name` in the work folder; an existing result is replaced."""
         output = Path(self._arguments.work) / name
-        options = ("--samples", self._arguments.samples, "--seq-len", self._arguments.calib_seq_len)
+        if self._arguments.reuse and (output / "qoq_manifest.json").is_file():
+            return output
+        options = ("--samples", self._samples, "--seq-len", self._arguments.calib_seq_len)
         calib = ("--calib", self._arguments.calib, "--device", self._arguments.device)
         manifest = qoq("quantize", model, "--recipe", recipe, "-o", output, "--restart", *options, *calib, *more)
         self.seconds[name] = manifest["run"]["seconds"]
@@ -56,7 +63,7 @@ class Table:
     def evaluate(self, baseline: object, checkpoints: list[Path], *more: object) -> dict[str, Any]:
         """Scores by checkpoint name; the baseline's are under `16 bit`."""
         text = str(self._arguments.evaluation)
-        options = ("--ppl", text, "--seq-len", self._arguments.seq_len, "--limit", self._arguments.limit)
+        options = ("--ppl", text, "--seq-len", self._arguments.seq_len, "--limit", self._limit)
         result = qoq("eval", *checkpoints, "--baseline", baseline, *options, "--device", self._arguments.device, *more)
         scores = result["texts"][text]["models"]
         return {"16 bit" if name == str(baseline) else Path(name).name: score for name, score in scores.items()}
@@ -75,18 +82,39 @@ def main() -> None:
     parser.add_argument("--calib-seq-len", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=6)
+    parser.add_argument("--injection-samples", type=int)
+    parser.add_argument("--injection-limit", type=int)
+    parser.add_argument("--reuse", action="store_true")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.injection_samples = arguments.injection_samples or arguments.samples
+    arguments.injection_limit = arguments.injection_limit or arguments.limit
     table = Table(arguments)
-    started = time.time()
+    left_out = ("out", "work", "model", "calib", "evaluation", "reuse")
+    result: dict[str, Any] = {
+        "setting": {key: value for key, value in vars(arguments).items() if key not in left_out}
+        | {"model": Path(arguments.model).name},
+        "machine": {
+            "device": torch.cuda.get_device_name() if arguments.device != "cpu" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "quantize_seconds": table.seconds,
+    }
+
+    def add(group: str, scores: dict[str, Any]) -> None:
+        result[group] = scores
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        for name, score in scores.items():
+            print(f"{group:20} {name:28} {score['scheme']:12} {score['perplexity']:9.3f}", flush=True)
 
     recipes = ("rtn-g128", "qoq-g128", "rtn-chn", "qoq-chn")
     made = [table.quantize(recipe, arguments.model, recipe) for recipe in recipes]
-    result: dict[str, Any] = {
-        "recipes_kv4": table.evaluate(arguments.model, made),
-        "recipes_kv16": table.evaluate(arguments.model, made, "--kv-bits", "16"),
-    }
+    add("recipes_kv4", table.evaluate(arguments.model, made))
+    add("recipes_kv16", table.evaluate(arguments.model, made, "--kv-bits", "16"))
 
+    table.for_injection()
     injected = arguments.work / "injected"
     inject = [sys.executable, str(Path(__file__).with_name("inject_key_outliers.py")), arguments.model, str(injected)]
     subprocess.run(inject, check=True)
@@ -97,25 +125,7 @@ def main() -> None:
                 recipe = arguments.work / f"{smoothing}.yaml"
                 recipe.write_text(json.dumps({"group_size": 128, "smooth_attention": spec}))
                 names.append(table.quantize(f"{kind}-{source}-{smoothing}", model, recipe, *more))
-            result[f"{kind}_{source}"] = table.evaluate(model, names)
-
-    result["setting"] = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-        if key not in ("out", "work", "model", "calib", "evaluation")
-    } | {"model": Path(arguments.model).name}
-    result["machine"] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    result["quantize_seconds"] = table.seconds
-    result["seconds"] = round(time.time() - started, 1)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    for group, scores in result.items():
-        if group.startswith(("recipes", "w")):
-            for name, score in scores.items():
-                print(f"{group:20} {name:28} {score['scheme']:12} {score['perplexity']:9.3f}")
+            add(f"{kind}_{source}", table.evaluate(model, names))
 
 
 if __name__ == "__main__":

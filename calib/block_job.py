@@ -27,7 +27,7 @@ from qoq.calib.smooth_attention import (
     choose,
     fold,
 )
-from qoq.calib.streaming import ATTENTION, BlockRunner, ServedLinear, build_block, load_block_tensors
+from qoq.calib.streaming import BlockRunner, ServedLinear, build_block, load_block_tensors
 from qoq.formats.arithmetic import IntegerWeight
 from qoq.formats.quantized_linear import QuantizedLinear
 from qoq.recipes.errors import InputError
@@ -104,7 +104,7 @@ def _transform(
         return tensors, None
     skeleton = plan.skeleton
     block = build_block(skeleton, index, tensors)
-    attention = block.get_submodule(ATTENTION)
+    attention = block.get_submodule(skeleton.family.attention)
     batches = -(-hidden.shape[0] // runner.batch)
     ranges_seen = RangeObserver()
     for _, batch in runner.batches(hidden):

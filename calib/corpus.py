@@ -159,7 +159,7 @@ def load_corpus(spec: str, *, builtin: Mapping[str, Path], purpose: Purpose) -> 
             f"{_OPTION[purpose]} {spec}: {kind}, expected a text",
             remedy=f"give a {', '.join(TEXT_SUFFIXES)} file, or one of {', '.join(known)}",
         )
-    return Corpus(spec, read_documents(path), is_running_text=path.suffix.lower() == ".txt")
+    return Corpus(path.name, read_documents(path), is_running_text=path.suffix.lower() == ".txt")
 
 
 def calibration_windows(corpus: Corpus, tokenizer: Tokenizer, *, samples: int, seq_len: int, seed: int) -> Windows:

@@ -69,7 +69,7 @@ def finish_checkpoint(
     manifest = {
         "format_version": MANIFEST_VERSION,
         "tool": {"name": "qoq", "version": tool_version},
-        "recipe": plan.request.recipe.model_dump(mode="json"),
+        "recipe": _recipe(plan, windows),
         "source": {"model": plan.request.model_name, "revision": plan.request.revision, "sha256": source_hashes},
         "calibration": {
             "source": windows.source,
@@ -86,6 +86,13 @@ def finish_checkpoint(
     manifest["run"] = run
     write_manifest(output, manifest)
     return manifest
+
+
+def _recipe(plan: Plan, windows: Windows) -> dict[str, Any]:
+    """The recipe as resolved, with the calibration text by its name and not by the path it had here."""
+    recipe = plan.request.recipe.model_dump(mode="json")
+    recipe["calibration"]["dataset"] = windows.source
+    return recipe
 
 
 def checkpoint_totals(plan: Plan) -> dict[str, Any]:
@@ -131,7 +138,8 @@ def _companions(plan: Plan, work: WorkFolder) -> Iterator[tuple[Path, list[str]]
     """The folder that holds the files to carry along, and their names."""
     model = plan.request.model
     if not is_gguf(model):
-        yield model, [name for name in _COMPANIONS if (model / name).is_file()]
+        code = sorted(path.name for path in model.glob("*.py")) if plan.request.trust_remote_code else []
+        yield model, [*(name for name in _COMPANIONS if (model / name).is_file()), *code]
         return
     tokenizer = load_tokenizer(model, trust_remote_code=plan.request.trust_remote_code)
     with disk_errors(work.path), tempfile.TemporaryDirectory(dir=work.path, prefix="tokenizer-") as folder:

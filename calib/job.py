@@ -20,7 +20,6 @@ from qoq.calib.finish import finish_checkpoint
 from qoq.calib.plan import Plan
 from qoq.calib.streaming import BlockRunner, embed, load_float
 from qoq.formats.disk import sha256_file
-from qoq.formats.packing import pack_linear
 from qoq.formats.work_folder import JobState, WorkFolder, check_output
 from qoq.formats.writer import ShardWriter
 from qoq.recipes.errors import EnvironmentProblem, InputError
@@ -79,7 +78,7 @@ def run(
             hidden = _first_states(plan, work, state, windows.tokens, writer)
             state = _quantize_blocks_(plan, work, state, hidden, writer, started, on_progress)
         on_progress(Progress(total, total, "writing the manifest"))
-        run_facts = _run_facts(state, started)
+        run_facts = _run_facts(plan, state, started)
         manifest = finish_checkpoint(plan, work, state, windows, hashes, tool_version=tool_version, run=run_facts)
         work.remove()
     return RunResult(manifest, resumed_at)
@@ -162,7 +161,7 @@ def _quantize_blocks_(
             next_block=index + 1,
             records=(*state.records, finished.record.to_dict()),
             seconds=before + time.monotonic() - started,
-            peak_bytes=_peak(state.peak_bytes),
+            peak_bytes=_peak(state.peak_bytes, plan.request.device),
         )
         work.commit(state, hidden if index + 1 < total else None)
         on_progress(Progress(index + 1, total, f"block {index}: written"))
@@ -174,25 +173,24 @@ def _write_block(plan: Plan, index: int, block: FinishedBlock, writer: ShardWrit
     for name, tensor in block.kept.items():
         writer.write(prefix + name, tensor)
     for name, linear in block.quantized.items():
-        for part, tensor in pack_linear(linear).items():
-            writer.write(f"{prefix}{name}.{part}", tensor)
+        writer.write_linear(prefix + name, linear)
     writer.sync()
 
 
-def _peak(earlier: dict[str, int]) -> dict[str, int]:
+def _peak(earlier: dict[str, int], device: str) -> dict[str, int]:
     # Linux counts in KiB, macOS in bytes.
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = {"host": max(host, earlier.get("host", 0))}
-    if torch.cuda.is_available():
-        peak["cuda"] = max(torch.cuda.max_memory_allocated(), earlier.get("cuda", 0))
+    if torch.device(device).type == "cuda":
+        peak["cuda"] = max(torch.cuda.max_memory_allocated(device), earlier.get("cuda", 0))
     return peak
 
 
-def _run_facts(state: JobState, started: float) -> dict[str, Any]:
+def _run_facts(plan: Plan, state: JobState, started: float) -> dict[str, Any]:
     """What may differ between two runs of one plan."""
     return {
         "seconds": round(max(state.seconds, time.monotonic() - started), 1),
-        "peak_bytes": state.peak_bytes or _peak({}),
+        "peak_bytes": state.peak_bytes or _peak({}, plan.request.device),
         "resumed": state.resumed,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),

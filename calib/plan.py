@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from transformers import PretrainedConfig
 
 from qoq.calib.skeleton import Skeleton, build_skeleton, load_config
@@ -95,12 +96,14 @@ class Plan:
         """What must be the same for an unfinished run to be continued."""
         parts = {
             "qoq": tool_version,
-            "recipe": self.request.recipe.model_dump(mode="json"),
+            # The text is told by its tokens, wherever its file lies.
+            "recipe": self.request.recipe.model_dump(mode="json", exclude={"calibration": {"dataset"}}),
             "source": dict(source_hashes),
             "calibration": calibration,
             "kept_dtype": self.request.kept_dtype,
             "device": torch.device(self.request.device).type,
             "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "shards": [[shard.name, hashlib.sha256(shard.header).hexdigest()] for shard in self.shards],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

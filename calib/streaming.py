@@ -19,7 +19,6 @@ from qoq.formats.checkpoint import Checkpoint
 from qoq.formats.sources import TensorSource
 from qoq.recipes.errors import InputError
 
-ATTENTION = "self_attn"
 _PASS_BYTES = 2 << 30
 """Hidden states that an evaluation keeps at once; more windows are evaluated in several passes over the blocks."""
 
@@ -70,7 +69,7 @@ def build_block(
         block.set_submodule(name, ServedLinear(weight, act_bits))
     expected = block.state_dict().keys()
     fill(block, {name: tensors[name] for name in expected})
-    set_kv_bits(block.get_submodule(ATTENTION), kv_bits)
+    set_kv_bits(block.get_submodule(skeleton.family.attention), kv_bits)
     return block
 
 

@@ -123,15 +123,18 @@ def quantize_kv(x: Tensor, bits: Literal[4, 8]) -> QuantizedKV:
     """Asymmetric codes of x [..., D] per token and head (the last axis); keys come after RoPE.
 
     scale = (max - min) / (2**bits - 1) is rounded to float16 first; zero = -min / scale is not rounded to an integer,
-    clamped to the float16 range; both are then used as stored. A constant head (or one whose scale vanishes in
-    float16) gets scale 1 and zero -min, so that it decodes to itself.
+    both are then used as stored. A constant head gets scale 1 and zero -min, so that it decodes to itself; so does one
+    whose scale vanishes in float16, or whose zero would leave float16 (only float32 can hold such a head). A head with
+    a NaN or an infinity decodes to NaN.
     """
     x = x.float()
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     limit = torch.finfo(torch.float16).max
     levels = 2**bits - 1
     scales = ((high - low) / levels).clamp(max=limit).to(torch.float16)
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    usable = (scales > 0) & (low.abs() <= limit * scales.float())
+    scales = torch.where(usable, scales, torch.ones_like(scales))
+    scales = torch.where(torch.isfinite(high - low), scales, torch.full_like(scales, torch.nan))
     zeros = (-low / scales.float()).clamp(-limit, limit).to(torch.float16)
     codes = torch.clamp(torch.round(x / scales.float() + zeros.float()), 0, levels).to(torch.uint8)
     return QuantizedKV(codes, scales, zeros)

@@ -22,6 +22,8 @@ from qoq.formats.quantized_linear import CODE_MAX, S2_MAX, QuantizedLinear, S2Of
 from qoq.recipes.schema import GROUP_SIZE
 
 TILE = 32
+PACKED_PARTS = ("qweight", "s1_scales", "s1_szeros", "s2_scales", "s2_zeros", "bias")
+"""Every name a packed tensor can have; `packed_shapes` says which a linear has."""
 ZeroDomain = Literal["pre_scale", "post_scale"]
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from qoq.formats.disk import disk_errors
+from qoq.formats.packing import pack_linear
+from qoq.formats.quantized_linear import QuantizedLinear
 from qoq.formats.safetensors_file import TensorInfo
 from qoq.recipes.errors import InputError
 
@@ -113,7 +115,8 @@ class ShardWriter:
                     remedy="pass --restart to begin again",
                 )
             with disk_errors(path), path.open("r+b" if path.exists() else "w+b") as file:
-                os.posix_fallocate(file.fileno(), 0, shard.nbytes)
+                if hasattr(os, "posix_fallocate"):  # not on macOS, where a full disk shows later
+                    os.posix_fallocate(file.fileno(), 0, shard.nbytes)
                 file.truncate(shard.nbytes)
                 file.write(shard.header)
                 file.flush()
@@ -133,6 +136,11 @@ class ShardWriter:
             file.seek(shard.offsets[name])
             file.write(data.data)
         self._dirty.add(shard.name)
+
+    def write_linear(self, name: str, linear: QuantizedLinear) -> None:
+        """Pack one linear and write its tensors."""
+        for part, tensor in pack_linear(linear).items():
+            self.write(f"{name}.{part}", tensor)
 
     def sync(self) -> None:
         """Make what was written so far survive a crash."""

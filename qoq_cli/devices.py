@@ -28,6 +28,6 @@ def measure_speed(device: str) -> float:
     while time.perf_counter() - started < 0.2:
         a @ a
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         products += 1
     return products * 2 * 1024**3 / (time.perf_counter() - started)

@@ -53,12 +53,19 @@ class ModelLocation:
 
 
 def resolve_model(
-    spec: str, *, revision: str | None = None, token: str | None = None, note: Callable[[str], None] = lambda _: None
+    spec: str,
+    *,
+    revision: str | None = None,
+    hub_revision: str | None = None,
+    with_code: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> ModelLocation:
     """Find a model: an existing path wins, then the embedded models and aliases, then `org/name` on the hub.
 
-    Without a `token`, the hub takes HF_TOKEN or the stored login. `note` is told what may surprise. Raises InputError
-    when there is no such model or it cannot be had, EnvironmentProblem when the hub is out of reach.
+    `revision` is refused for what is not on the hub; `hub_revision` is not used there. `with_code` fetches the model's
+    own Python files too. The hub takes HF_TOKEN or the stored login. `note` is told what may surprise.
+
+    Raises InputError when there is no such model or it cannot be had, EnvironmentProblem when the hub is out of reach.
     """
     path = Path(spec).expanduser()
     if spec and _exists(path):
@@ -73,13 +80,13 @@ def resolve_model(
             raise InputError(f"{alias.name} ({alias.hub_id}) is not supported: {alias.refused}", remedy=_MODELS)
         if alias.hub_id is not None:
             note(f"{spec}: {alias.hub_id} from the hub or its cache")
-            return _download(spec, alias.hub_id, revision, token, alias)
+            return _download(spec, alias.hub_id, revision or hub_revision, alias, with_code=with_code)
         _refuse_revision(spec, revision)
         folder = tiny_folder() if alias.name == TINY else _tiny_outlier_folder()
         return ModelLocation(spec, alias.name, folder, EMBEDDED)
     if not _looks_like_path(spec) and _HUB_ID.fullmatch(spec):
         note(f"{spec}: from the hub or its cache")
-        return _download(spec, spec, revision, token, None)
+        return _download(spec, spec, revision or hub_revision, None, with_code=with_code)
     raise _unknown(spec, path)
 
 
@@ -246,7 +253,7 @@ def _digest(paths: Iterable[Path]) -> str:
 
 
 def _download(
-    spec: str, hub_id: str, revision: str | None, token: str | None, alias: ModelAlias | None
+    spec: str, hub_id: str, revision: str | None, alias: ModelAlias | None, *, with_code: bool
 ) -> ModelLocation:
     """Fetch a repository into the hub's cache, or find it there."""
     from huggingface_hub import constants, snapshot_download
@@ -263,11 +270,10 @@ def _download(
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     elsewhere = _ELSEWHERE.format(hub_id=hub_id)
     page = f"{constants.ENDPOINT}/{hub_id}"
+    wanted = [*_DOWNLOADED, "*.py"] if with_code else _DOWNLOADED
     try:
         folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, token=token, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED
-            )
+            snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=_NOT_DOWNLOADED)
         )
     except GatedRepoError as error:
         raise InputError(

@@ -86,11 +86,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError:
             _forget_stdout()
             raise typer.Exit(ExitCode.OK) from None
-        except MemoryError:
-            _fail("out of memory\n  -> fewer --samples or a shorter --seq-len need less", ExitCode.ENVIRONMENT)
         except (typer.Exit, typer.Abort, SystemExit):
             raise
         except Exception as error:
+            if _is_out_of_memory(error):
+                remedy = (
+                    "fewer --samples or a shorter --seq-len need less, and --device cpu has other memory than a GPU"
+                )
+                _fail(f"out of memory\n  -> {remedy}", ExitCode.ENVIRONMENT)
             kind = type(error).__name__
             _fail(
                 f"{kind}: {error}\n  -> this is not an error qoq expects; run the same command with --traceback and "
@@ -99,6 +102,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             )
 
     return run
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's allocators raise RuntimeError, on CUDA a subclass; its name and text are all there is to go by."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
 
 
 def _forget_stdout() -> None:

@@ -25,11 +25,6 @@ class ModelAlias:
     gated: bool = False
     refused: str | None = None
 
-    @property
-    def is_embedded(self) -> bool:
-        """True for the models that come with qoq."""
-        return self.hub_id is None
-
 
 @lru_cache(maxsize=1)
 def model_aliases() -> Mapping[str, ModelAlias]:

@@ -21,19 +21,6 @@ from qoq_cli.terminal import JsonOption, Terminal, TracebackOption, guarded
 
 Status = Literal["ok", "missing", "note"]
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "datasets",
-    "tokenizers",
-    "huggingface_hub",
-    "accelerate",
-    "gguf",
-    "pydantic",
-    "typer",
-)
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -78,12 +65,27 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
+    """What qoq's own metadata asks for, the optional extras left out."""
+    from packaging.requirements import Requirement
+
+    try:
+        needed = [Requirement(line) for line in importlib.metadata.requires("qoq") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("qoq", "note", "runs from its sources, not as an installed package", "pip install .")]
     findings = []
-    for name in _PACKAGES:
+    for requirement in sorted(needed, key=lambda requirement: requirement.name.lower()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
         try:
-            findings.append(Finding(name, "ok", importlib.metadata.version(name)))
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(name, "missing", "not installed", f"pip install {name}"))
+            findings.append(Finding(requirement.name, "missing", "not installed", f"pip install '{requirement}'"))
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            findings.append(Finding(requirement.name, "ok", version))
+        else:
+            detail = f"{version}, expected {requirement.specifier}"
+            findings.append(Finding(requirement.name, "missing", detail, f"pip install '{requirement}'"))
     return findings
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from qoq.recipes.errors import InputError
 from qoq_cli.devices import resolve_device
-from qoq_cli.model_location import EMBEDDED, builtin_texts, find_newest_checkpoint, resolve_model
+from qoq_cli.model_location import EMBEDDED, TINY, TINY_OUTLIER, builtin_texts, find_newest_checkpoint, resolve_model
 from qoq_cli.progress import progress
 from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
 
@@ -29,9 +29,7 @@ _DEFAULT_LENGTH = 2048
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[CKPT or MODEL]...", help="Checkpoints or 16-bit models.  [default: newest under checkpoints/]"
-        ),
+        typer.Argument(metavar="MODEL", help="Checkpoints or 16-bit models.  [default: the newest under checkpoints/]"),
     ] = None,
     ppl: Annotated[
         list[str] | None,
@@ -40,7 +38,9 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="16-bit model to compare with: adds KL divergence and top-1 agreement.")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: 2048]")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: 2048, or what the model knows]")
+    ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Score only the first N windows.")] = None,
     kv_bits: Annotated[
         int | None, typer.Option(metavar="N", help="KV cache bits: 4, 8 or 16.  [default: the checkpoint's]")
@@ -82,7 +82,9 @@ def evaluate(
     if baseline is not None and baseline not in names:
         names.insert(0, baseline)
     evaluation = _Evaluation(terminal, resolve_device(device), kv_bits, act_bits, revision, trust_remote_code)
-    opened = {name: evaluation.open(name) for name in dict.fromkeys(names)}
+    opened = {name: evaluation.open(name, is_baseline=name == baseline) for name in dict.fromkeys(names)}
+    if act_bits == 8 and not any(model.has_quantized for model in opened.values()):
+        raise InputError("--act-bits 8: only quantized linears take 8-bit activations", remedy="pass a checkpoint")
     texts = ppl or (["builtin"] if evaluation.all_embedded else ["wikitext"])
     results = {
         text: evaluation.score(opened, text, baseline, seq_len=seq_len, limit=limit) for text in dict.fromkeys(texts)
@@ -99,6 +101,7 @@ class _Model:
         self.path: Path = facts.pop("path")
         self.blocks: int = facts.pop("blocks")
         self.positions: int = facts.pop("positions")
+        self.has_quantized = facts["scheme"].startswith("w4")
 
 
 class _Evaluation:
@@ -119,8 +122,8 @@ class _Evaluation:
         self._revision, self._trust = revision, trust_remote_code
         self.all_embedded = True
 
-    def open(self, name: str) -> _Model:
-        """Open a checkpoint or a 16-bit model; a 16-bit model keeps 16 bits unless it is told otherwise."""
+    def open(self, name: str, *, is_baseline: bool) -> _Model:
+        """Open a checkpoint or a 16-bit model; only the KV cache of the latter can be told to have fewer bits."""
         from torch import device as torch_device
 
         from qoq.calib.plan import open_model
@@ -128,13 +131,13 @@ class _Evaluation:
         from qoq.calib.streaming import StreamedModel
         from qoq.formats.checkpoint import is_checkpoint
 
-        location = resolve_model(name, revision=self._revision, note=self.terminal.note)
+        location = resolve_model(name, hub_revision=self._revision, with_code=self._trust, note=self.terminal.note)
         target = torch_device(self.device)
         if is_checkpoint(location.path):
             served = open_served(location.path, trust_remote_code=self._trust)
             config = served.checkpoint.quantization
             made_from = str(served.checkpoint.manifest.get("source", {}).get("model"))
-            self.all_embedded &= made_from in ("tiny", "tiny-outlier")
+            self.all_embedded &= made_from in (TINY, TINY_OUTLIER)
             skeleton, source, checkpoint = served.skeleton, served.checkpoint.source, served.checkpoint
             kv_bits = self._kv_bits or config.kv_bits
             # Only quantized linears take 8-bit activations, so without any there are none.
@@ -143,7 +146,8 @@ class _Evaluation:
         else:
             self.all_embedded &= location.kind == EMBEDDED
             skeleton, source = open_model(location.path, trust_remote_code=self._trust)
-            checkpoint, kv_bits, act_bits, weights = None, 16, 16, "w16"
+            kv_bits = 16 if is_baseline else self._kv_bits or 16
+            checkpoint, act_bits, weights = None, 16, "w16"
 
         def make(on_block: Callable[[int], None]) -> StreamedModel:
             return StreamedModel(

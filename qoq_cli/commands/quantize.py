@@ -48,10 +48,17 @@ def quantize(
     ] = None,
     calib: Annotated[
         str | None,
-        typer.Option(help="Calibration text: pileval, wikitext, c4, builtin, or a .txt, .jsonl or .parquet file."),
+        typer.Option(
+            help="Calibration text: pileval, wikitext, c4 (hub), builtin, or a .txt, .jsonl or .parquet file.  "
+            "[default: the recipe's, pileval]"
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration windows.  [default: 128]")] = None,
-    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: 1024]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Calibration windows.  [default: the recipe's, 128]")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: the recipe's, 1024]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Draws the calibration windows.  [default: 0]")] = None,
     kv_bits: Annotated[
         int | None, typer.Option(metavar="N", help="Bits of the KV cache: 4, 8 or 16.  [default: 4]")
@@ -100,7 +107,7 @@ def quantize(
     from qoq.recipes.load import preset_names
 
     terminal = Terminal(as_json, quiet)
-    location = resolve_model(model, revision=revision, note=terminal.note)
+    location = resolve_model(model, revision=revision, with_code=trust_remote_code, note=terminal.note)
     # Presets name calibration sets of the hub; the embedded models have text of their own.
     uses_builtin = location.kind == EMBEDDED and recipe in (None, *preset_names())
     chosen = build_recipe(
@@ -134,6 +141,7 @@ def quantize(
         terminal.warn(warning)
     if dry_run:
         check_output(target, restart=not resume)
+        _check_calibration(plan)
         facts = _plan_facts(plan)
         terminal.result(facts, lambda console: _render_plan(console, plan, facts))
         return
@@ -221,6 +229,17 @@ def _run(terminal: Terminal, plan: Plan, *, restart: bool) -> RunResult:
         except KeyboardInterrupt:
             how = "the same command without --restart" if restart else "the same command again"
             raise KeyboardInterrupt(f"finished blocks are kept: run {how} to continue") from None
+
+
+def _check_calibration(plan: Plan) -> None:
+    """Raise InputError when the tokenizer or a local calibration text cannot be used; sets of the hub stay there."""
+    from qoq.calib.corpus import load_corpus, named_sets
+    from qoq.calib.skeleton import load_tokenizer
+
+    load_tokenizer(plan.request.model, trust_remote_code=plan.request.trust_remote_code)
+    dataset = plan.request.recipe.calibration.dataset
+    if dataset not in named_sets("calibration"):
+        load_corpus(dataset, builtin=builtin_texts(), purpose="calibration")
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:

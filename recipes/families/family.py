@@ -63,6 +63,7 @@ class Family:
     lm_head: str = "lm_head"
     roles: Mapping[str, str] = field(default_factory=lambda: dict(LINEAR_ROLES))
     gguf_names: Mapping[str, str] = field(default_factory=lambda: dict(GGUF_NAMES))
+    attention: str = "self_attn"
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -24,7 +24,7 @@ from qoq.calib.smooth_attention import (
     choose,
     fold,
 )
-from qoq.calib.streaming import ATTENTION, BlockRunner, build_block, embed, load_block_tensors
+from qoq.calib.streaming import BlockRunner, build_block, embed, load_block_tensors
 from qoq.recipes.families import Family, family_of
 from qoq.recipes.schema import SmoothAttention
 
@@ -61,7 +61,7 @@ class Setting:
     def watch(self, observer: Any) -> None:
         block = build_block(self.skeleton, self.index, self.tensors)
         for _, batch in self.runner.batches(self.hidden):
-            observe(block.get_submodule(ATTENTION), observer, partial(self.runner, self.index, block, batch))
+            observe(block.get_submodule("self_attn"), observer, partial(self.runner, self.index, block, batch))
 
     def ranges(self) -> KeyRanges:
         seen = RangeObserver()
@@ -384,7 +384,7 @@ def test_a_candidate_without_a_number_is_never_chosen() -> None:
 def test_watching_leaves_the_block_as_it_was(setting: Callable[..., Setting]) -> None:
     case = setting("qwen3")
     block = build_block(case.skeleton, 0, case.tensors)
-    attention = block.get_submodule(ATTENTION)
+    attention = block.get_submodule("self_attn")
     before = case.runner(0, block, case.hidden)
     calls: list[AttentionCall] = []
     observe(attention, lambda q, k, v, call: calls.append(call), partial(case.runner, 0, block, case.hidden))
@@ -403,7 +403,7 @@ def test_an_attention_that_is_not_called_is_an_error(setting: Callable[..., Sett
     case = setting("llama")
     block = build_block(case.skeleton, 0, case.tensors)
     with pytest.raises(RuntimeError, match=ATTENTION_NAME):
-        observe(block.get_submodule(ATTENTION), lambda *_: None, lambda: None)
+        observe(block.get_submodule("self_attn"), lambda *_: None, lambda: None)
 
 
 def test_the_call_repeats_the_attention_it_was_given(setting: Callable[..., Setting], reference: Any) -> None:

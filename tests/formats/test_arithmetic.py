@@ -335,12 +335,13 @@ def test_a_head_whose_scale_vanishes_in_float16_comes_back_as_a_constant() -> No
     assert kv_round_trip(x, 4).tolist() == [[1.0, 1.0]]
 
 
-def test_zeros_beyond_float16_are_clamped() -> None:
-    """Only float32 and bfloat16 can hold such a head; its values lose their offset, but no code or scale breaks."""
+def test_a_zero_beyond_float16_makes_the_head_constant() -> None:
+    """Only float32 can hold such a head; it keeps its offset."""
     x = torch.tensor([[1000.0, 1000.001], [-1000.0, -1000.001]])
     kv = quantize_kv(x, 4)
-    assert kv.zeros.flatten().tolist() == [-65504.0, 65504.0]
-    assert kv.codes.tolist() == [[15, 15], [0, 0]]
+    assert kv.scales.flatten().tolist() == [1.0, 1.0]
+    assert kv.zeros.flatten().tolist() == [-1000.0, 1000.0]
+    assert kv.codes.tolist() == [[0, 0], [0, 0]]
 
 
 @settings(deadline=None, max_examples=30)
@@ -382,3 +383,21 @@ def test_a_second_trip_through_the_cache(dtype: torch.dtype, offset: float, seed
         assert torch.equal(twice[full], once[full])
     drift = (twice.double() - once.double()).abs() / first.scales.double()
     assert float(drift[full].max()) <= 0.5
+
+
+@pytest.mark.parametrize(("offset", "spread"), [(5.0, 1e-6), (5.0, 1e-4), (30.0, 1e-3), (-30.0, 1e-3), (1000.0, 1e-3)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_nearly_constant_float32_head_keeps_its_offset(offset: float, spread: float, bits: int) -> None:
+    """Its zero would leave float16, so it is stored as a constant head."""
+    head = offset + spread * torch.linspace(-1, 1, 64)[None]
+    assert float((kv_round_trip(head, bits) - head).abs().max()) <= 2 * spread + abs(offset) * 2**-11
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_that_is_not_finite_does_not_become_finite(bad: float, bits: int) -> None:
+    heads = torch.randn(3, 64)
+    heads[1, 7] = bad
+    decoded = kv_round_trip(heads, bits)
+    assert bool(torch.isnan(decoded[1]).all())
+    assert bool(torch.isfinite(decoded[[0, 2]]).all())

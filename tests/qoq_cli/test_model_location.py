@@ -253,13 +253,13 @@ def test_an_incomplete_installation_is_named(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_aliases_are_downloaded_without_second_copies_of_the_weights(hub: Hub) -> None:
     notes: list[str] = []
-    location = resolve_model("Llama-3-8B", token="secret", note=notes.append)
+    location = resolve_model("Llama-3-8B", note=notes.append)
     assert location.path == hub.snapshot
     assert (location.kind, location.name, location.hub_id) == ("hub", "llama-3-8b", "meta-llama/Meta-Llama-3-8B")
     assert location.revision == COMMIT
     ((repository, options),) = hub.calls
     assert repository == "meta-llama/Meta-Llama-3-8B"
-    assert options["token"] == "secret"
+    assert "*.py" not in options["allow_patterns"]
     files = "model-00001-of-00004.safetensors config.json tokenizer.json tokenizer.model merges.txt chat_template.jinja"
     copies = (
         "original/params.json consolidated.safetensors pytorch_model.bin onnx/config.json modeling_custom.py m.gguf"

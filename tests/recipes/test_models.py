@@ -49,7 +49,7 @@ def test_aliases_are_well_formed(alias: ModelAlias) -> None:
     for field in dataclasses.fields(alias):
         assert isinstance(getattr(alias, field.name), kinds[field.name]), field.name
     assert alias.name == alias.name.lower()
-    assert alias.is_embedded == alias.name.startswith("tiny")
+    assert (alias.hub_id is None) == alias.name.startswith("tiny")
     assert alias.hub_id is None or re.fullmatch(r"[\w.-]+/[\w.-]+", alias.hub_id)
     assert (alias.refused is not None) == (alias.family not in {family.name for family in all_families()})
 
