@@ -58,7 +58,7 @@ def main() -> None:
             model, output = Path(work, "model"), Path(work, "checkpoint")
             size = random_model(model, blocks)
             command = ["qoq", "quantize", str(model), "-o", str(output), "--calib", str(builtin_text("calibration"))]
-            options = ["--samples", "8", "--seq-len", "256", "--device", arguments.device, "--json", "--quiet"]
+            options = ["--samples", "4", "--seq-len", "256", "--device", arguments.device, "--json", "--quiet"]
             done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
             run = json.loads(done.stdout)["run"]
             rows.append({"blocks": blocks, "model_bytes": size, "peak_bytes": run["peak_bytes"]})

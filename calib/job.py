@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,12 +178,20 @@ def _write_block(plan: Plan, index: int, block: FinishedBlock, writer: ShardWrit
 
 
 def _peak(earlier: dict[str, int], device: str) -> dict[str, int]:
-    # Linux counts in KiB, macOS in bytes.
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = {"host": max(host, earlier.get("host", 0))}
+    peak = {"host": max(_host_peak(), earlier.get("host", 0))}
     if torch.device(device).type == "cuda":
         peak["cuda"] = max(torch.cuda.max_memory_allocated(device), earlier.get("cuda", 0))
     return peak
+
+
+def _host_peak() -> int:
+    """Largest resident set of this process in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        # Elsewhere than Linux, where this counts in bytes; on Linux it would include the process that started this one.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _run_facts(plan: Plan, state: JobState, started: float) -> dict[str, Any]:
