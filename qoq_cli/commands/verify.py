@@ -31,7 +31,7 @@ def verify(
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEV", help="Device of the comparison with --against.")] = "auto",
     revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Revision on the hub of the model of --against.")
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
