@@ -23,6 +23,13 @@ P = ParamSpec("P")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
 TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show the stack of an error.")]
+DeviceOption = Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")]
+RevisionOption = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
+]
 
 
 class _Console(Console):

@@ -15,7 +15,16 @@ from qoq.recipes.errors import InputError
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import EMBEDDED, TINY, TINY_OUTLIER, builtin_texts, find_newest_checkpoint, resolve_model
 from qoq_cli.progress import progress
-from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+from qoq_cli.terminal import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    RevisionOption,
+    Terminal,
+    TracebackOption,
+    TrustOption,
+    guarded,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +57,9 @@ def evaluate(
     act_bits: Annotated[
         int | None, typer.Option(metavar="N", help="Activation bits: 8 or 16.  [default: the checkpoint's]")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
-    ] = False,
+    device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     traceback: TracebackOption = False,

@@ -12,7 +12,7 @@ from rich.console import Console
 from qoq.recipes.errors import InputError
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import resolve_model
-from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+from qoq_cli.terminal import DeviceOption, JsonOption, QuietOption, Terminal, TracebackOption, TrustOption, guarded
 
 
 @guarded
@@ -27,10 +27,8 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
-    ] = False,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     traceback: TracebackOption = False,

@@ -17,7 +17,16 @@ from qoq_cli import __version__
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import EMBEDDED, builtin_texts, resolve_model
 from qoq_cli.progress import duration, progress, size
-from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+from qoq_cli.terminal import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    RevisionOption,
+    Terminal,
+    TracebackOption,
+    TrustOption,
+    guarded,
+)
 
 if TYPE_CHECKING:
     from qoq.calib.job import RunResult
@@ -74,19 +83,15 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave linears whose name matches this regular expression in 16 bit."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEV", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Type of what stays in 16 bit: float16 or bfloat16.")
     ] = "float16",
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")
     ] = "5GB",
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
-    ] = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Continue an unfinished run (default), or begin again.")
     ] = True,

@@ -14,7 +14,7 @@ from qoq.recipes.errors import CheckFailed, InputError, QoQError
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import builtin_texts, resolve_model
 from qoq_cli.progress import progress
-from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+from qoq_cli.terminal import JsonOption, QuietOption, RevisionOption, Terminal, TracebackOption, TrustOption, guarded
 
 if TYPE_CHECKING:
     from qoq.calib.served import ServedModel
@@ -30,12 +30,8 @@ def verify(
         str | None, typer.Option(metavar="MODEL", help="The 16-bit model: adds the error of each block and linear.")
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEV", help="Device of the comparison with --against.")] = "auto",
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hugging Face hub.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's tokenizer or config.")
-    ] = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     traceback: TracebackOption = False,
