@@ -35,10 +35,15 @@ def quantize_activation(x: Tensor) -> QuantizedActivation:
     makes its scale NaN or infinite, so that it reaches the output.
     """
     x = x.float()
-    scales = x.abs().amax(dim=1) / ACT_QMAX
+    scales = _divide_exactly(x.abs().amax(dim=1), ACT_QMAX)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     codes = torch.clamp(torch.round(x / scales.unsqueeze(1)), -ACT_QMAX, ACT_QMAX).to(torch.int8)
     return QuantizedActivation(codes, scales, codes.sum(dim=1, dtype=torch.int32))
+
+
+def _divide_exactly(x: Tensor, divisor: int) -> Tensor:
+    """x / divisor rounded once: on a GPU, PyTorch multiplies by the reciprocal of a number, which rounds twice."""
+    return x / torch.full_like(x, divisor)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def quantize_kv(x: Tensor, bits: Literal[4, 8]) -> QuantizedKV:
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     limit = torch.finfo(torch.float16).max
     levels = 2**bits - 1
-    scales = ((high - low) / levels).clamp(max=limit).to(torch.float16)
+    scales = _divide_exactly(high - low, levels).clamp(max=limit).to(torch.float16)
     usable = (scales > 0) & (low.abs() <= limit * scales.float())
     scales = torch.where(usable, scales, torch.ones_like(scales))
     scales = torch.where(torch.isfinite(high - low), scales, torch.full_like(scales, torch.nan))
