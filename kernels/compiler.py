@@ -1,0 +1,197 @@
+"""From a CUDA source to a cubin: one function, the same in continuous integration and at run time.
+
+NVRTC compiles for an explicit architecture, without a GPU or a driver. CuPy's own compile path is not used: it appends
+an architecture of its own, and its cache does not see edits of included files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from qoq.kernels.sources import CUDA_ROOT, SourceClosure, read_closure
+from qoq.recipes.errors import EnvironmentProblem
+
+_OPTIONS = ("-default-device", "--std=c++17", "-lineinfo", "--ptxas-options=-v")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+class CompileError(EnvironmentProblem):
+    """NVRTC refused a source; the message holds its log, with file and line."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One instantiation of a kernel.
+
+    source        file under kernels/cuda, e.g. "sm80/gemm.cu"
+    entry         name of its `extern "C" __global__` function
+    defines       template arguments, given as macros
+    threads       threads of a block
+    shared_bytes  dynamic shared memory of a block
+    """
+
+    source: str
+    entry: str
+    defines: tuple[tuple[str, int], ...]
+    threads: int
+    shared_bytes: int = 0
+
+    @property
+    def label(self) -> str:
+        arguments = ", ".join(f"{name}={value}" for name, value in self.defines)
+        return f"{self.source}:{self.entry}<{arguments}>"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one thread, from the assembler's log: registers, and bytes in local memory (stack) and spilled to it."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel in the cache."""
+
+    path: Path
+    resources: Resources
+
+
+def cache_folder() -> Path:
+    """Where cubins are kept: $QOQ_CACHE/kernels, or the user's cache folder."""
+    configured = os.environ.get("QOQ_CACHE")
+    return (Path(configured) if configured else user_cache_path("qoq")) / "kernels"
+
+
+def compile_kernel(spec: KernelSpec, arch: str, *, folder: Path | None = None, root: Path = CUDA_ROOT) -> Cubin:
+    """The cubin of `spec` for `arch` ("sm_80", "sm_100a", ...), from the cache or compiled into it.
+
+    The key covers the texts of the source and of all it includes, every option, the architecture and the compiler's
+    version. Two processes that want the same kernel compile it once. Raises CompileError with NVRTC's log,
+    SourceProblem, or EnvironmentProblem where NVRTC is missing or the cache cannot be written.
+    """
+    nvrtc = _nvrtc()
+    closure = read_closure(spec.source, root)
+    options = (*_OPTIONS, f"-arch={arch}", *(f"-D{name}={value}" for name, value in spec.defines))
+    key = _key(closure, options, nvrtc.getVersion(), spec.entry)
+    folder = folder or cache_folder()
+    stem = f"{Path(spec.source).stem}-{arch}-{key[:24]}"
+    cubin, facts = folder / f"{stem}.cubin", folder / f"{stem}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{stem}.lock"):
+            if not (cubin.is_file() and facts.is_file()):
+                code, log = _compile(nvrtc, closure, options, spec, arch)
+                resources = _resources(log)
+                _write(cubin, code)
+                _write(facts, json.dumps({"spec": spec.label, "arch": arch, "log": log, **asdict(resources)}).encode())
+            found = json.loads(facts.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{folder}: the kernel cache cannot be used: {error}", remedy="set QOQ_CACHE to a folder with room"
+        ) from error
+    return Cubin(cubin, Resources(found["registers"], found["stack_bytes"], found["spill_bytes"]))
+
+
+def compile_all(
+    jobs: Iterable[tuple[KernelSpec, str]],
+    *,
+    on_done: Callable[[KernelSpec, str], None] | None = None,
+    workers: int | None = None,
+) -> dict[tuple[KernelSpec, str], Cubin]:
+    """Compile many kernels for their architectures in parallel threads: NVRTC leaves the interpreter while it works."""
+
+    def one(job: tuple[KernelSpec, str]) -> Cubin:
+        cubin = compile_kernel(*job)
+        if on_done is not None:
+            on_done(*job)
+        return cubin
+
+    distinct = list(dict.fromkeys(jobs))
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(distinct, pool.map(one, distinct), strict=True))
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Version of the compiler in use. Raises EnvironmentProblem where there is none."""
+    version: tuple[int, int] = _nvrtc().getVersion()
+    return version
+
+
+def _nvrtc() -> Any:
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"the CUDA run-time compiler is not usable: {error}",
+            remedy="pip install 'qoq[cu13]' (or cu12, matching the CUDA version of your PyTorch)",
+        ) from error
+    return nvrtc
+
+
+def _key(closure: SourceClosure, options: tuple[str, ...], version: tuple[int, int], entry: str) -> str:
+    facts = [closure.name, closure.text, sorted(closure.headers.items()), options, version, entry]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _compile(
+    nvrtc: Any, closure: SourceClosure, options: tuple[str, ...], spec: KernelSpec, arch: str
+) -> tuple[bytes, str]:
+    names = [name.encode() for name in closure.headers]
+    texts = [text.encode() for text in closure.headers.values()]
+    program = nvrtc.createProgram(closure.text, closure.name, texts, names)
+    try:
+        nvrtc.compileProgram(program, list(options))
+        return _whole_elf(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program).strip()
+        raise CompileError(f"{spec.label} does not compile for {arch}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _whole_elf(cubin: bytes) -> bytes:
+    """CuPy drops the last byte, as of a C string; the driver forgives that, disassemblers do not. It was a zero."""
+    program_headers, sections = struct.unpack_from("<2Q", cubin, 32)
+    size, count, section_size, section_count = struct.unpack_from("<4H", cubin, 54)
+    whole = max(program_headers + size * count, sections + section_size * section_count)
+    return cubin + bytes(max(0, whole - len(cubin)))
+
+
+def _resources(log: str) -> Resources:
+    registers, frames = _REGISTERS.findall(log), _SPILLS.findall(log)
+    if not registers or not frames:
+        raise CompileError(f"the assembler reported no resources:\n{log}")
+    return Resources(
+        registers=max(int(count) for count in registers),
+        stack_bytes=max(int(stack) for stack, _, _ in frames),
+        spill_bytes=max(int(stores) + int(loads) for _, stores, loads in frames),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all, also under a crash."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        temporary = Path(file.name)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,100 @@
+"""Load a compiled kernel and launch it on PyTorch's current stream, on PyTorch's memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qoq.kernels.compiler import KernelSpec, compile_kernel
+from qoq.recipes.errors import EnvironmentProblem
+
+_FAMILY_SPECIFIC = {(10, 0): "sm_100a", (10, 3): "sm_103a", (12, 0): "sm_120a", (12, 1): "sm_121a"}
+
+Argument = Tensor | int | float | None
+"""A tensor (its data pointer), a 32-bit integer, a 32-bit float, or a null pointer."""
+
+
+class Kernel:
+    """A kernel loaded on one device."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        import cupy
+
+        self.spec = spec
+        cubin = compile_kernel(spec, architecture(device))
+        with torch.cuda.device(device), cupy.cuda.Device(device):
+            torch.cuda.current_stream()  # the context that both share
+            self._module = cupy.RawModule(path=str(cubin.path))
+            function = self._module.get_function(spec.entry)
+            function.max_dynamic_shared_size_bytes = spec.shared_bytes
+            self.handle: int = function.kernel.ptr
+        self._launch = _launch_function()
+
+    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument], *, stream: int | None = None) -> None:
+        """Enqueue on the current stream of the current device; grid in blocks. Nothing is copied or allocated."""
+        values = [_as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        self._launch(
+            self.handle,
+            *grid,
+            self.spec.threads,
+            1,
+            1,
+            self.spec.shared_bytes,
+            torch.cuda.current_stream().cuda_stream if stream is None else stream,
+            ctypes.addressof(pointers),
+            0,
+        )
+
+
+@cache
+def load_kernel(spec: KernelSpec, device: int) -> Kernel:
+    """`spec` on CUDA device `device`, compiled and loaded at its first use; load before capturing a CUDA graph."""
+    return Kernel(spec, device)
+
+
+@cache
+def architecture(device: int) -> str:
+    """The `-arch` that kernels are compiled with for this device. Raises EnvironmentProblem before Ampere."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise EnvironmentProblem(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; the kernels "
+            "need 8.0 (Ampere) or newer",
+            remedy="use the reference backend",
+        )
+    return _FAMILY_SPECIFIC.get(capability, f"sm_{capability[0]}{capability[1]}")
+
+
+@cache
+def num_sms(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _launch_function() -> Any:
+    try:
+        from cupy_backends.cuda.api import driver
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"CuPy is not usable: {error}",
+            remedy="pip install 'qoq[cu13]' (or cu12, matching the CUDA version of your PyTorch)",
+        ) from error
+    return driver.launchKernel
+
+
+def _as_c(argument: Argument) -> Any:
+    match argument:
+        case None:
+            return ctypes.c_void_p(0)
+        case Tensor():
+            return ctypes.c_void_p(argument.data_ptr())
+        case float():
+            return ctypes.c_float(argument)
+        case _:
+            return ctypes.c_int32(argument)
