@@ -1,0 +1,180 @@
+"""Measure every tile of kernels/tables/gemm.json on this GPU and write the best of each shape and M into the table.
+
+    python benchmarks/tune_gemm.py --write
+
+Each candidate is checked against exact sums first. Calls rotate over more weights than the L2 holds, in a CUDA graph
+without programmatic launch; candidates are interleaved over the rounds, since heat moves the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qoq.kernels.compiler import compile_all
+from qoq.kernels.dispatch import _TABLE, OUT_FORMATS, GemmChoice, GemmTile, WeightFormat, _gemm_table
+from qoq.kernels.gemm import run_gemm
+from qoq.kernels.launch import architecture
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+TOKENS = [1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096]
+ROTATED_BYTES = 256 << 20
+
+
+class Problem:
+    """One shape: random weights in several copies, and activations."""
+
+    def __init__(self, weights: WeightFormat, n: int, k: int, most_tokens: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(n + k)
+        self.weights, self.n, self.k = weights, n, k
+        bytes_each = n * k if weights == "int8" else n * k // 2
+
+        def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator, device="cuda", dtype=dtype)
+
+        self.copies = max(1, math.ceil(ROTATED_BYTES / bytes_each))
+        width = k if weights == "int8" else k // 2
+        self.weight = [integers(-128, 128, n, width) for _ in range(self.copies)]
+        self.s1 = torch.rand(n, generator=generator, device="cuda").half() * 1e-3
+        self.s2 = integers(1, 17, k // 128, n) if weights == "g128" else None
+        self.zeros = integers(-120, 1, k // 128, n) if weights == "g128" else None
+        self.szeros = self.s1 * 7 if weights == "per_channel" else None
+        self.codes = integers(-127, 128, most_tokens, k)
+        self.scales = torch.rand(most_tokens, generator=generator, device="cuda") * 1e-2
+        self.sums = self.codes.sum(1, dtype=torch.int32)
+        self.out = torch.empty(most_tokens, n, dtype=torch.float16, device="cuda")
+
+    def run(self, m: int, copy: int, choice: GemmChoice) -> None:
+        run_gemm(
+            self.weights,
+            self.codes[:m],
+            self.scales[:m],
+            self.sums[:m],
+            self.weight[copy],
+            self.s1,
+            self.s2,
+            self.zeros,
+            self.szeros,
+            None,
+            self.n,
+            torch.float16,
+            choice=choice,
+            out=self.out[:m],
+        )
+
+
+def capture(problem: Problem, m: int, choice: GemmChoice, calls: int) -> torch.cuda.CUDAGraph:
+    problem.run(m, 0, choice)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            problem.run(m, i % problem.copies, choice)
+    return graph
+
+
+def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
+    """Median microseconds of one call, the graphs interleaved."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            samples[name].append(start.elapsed_time(stop) * 1000 / calls)
+    return {name: statistics.median(times[1:] or times) for name, times in samples.items()}
+
+
+def without_spills(arch: str, formats: list[WeightFormat]) -> dict[WeightFormat, set[str]]:
+    """Tiles whose kernels, for every output, fit the registers."""
+    jobs = {
+        (GemmTile(**arguments).spec(arch, weights, out), arch): (weights, name)
+        for name, arguments in _gemm_table()["tiles"].items()
+        for weights in formats
+        for out in OUT_FORMATS
+    }
+    cubins = compile_all(jobs)
+    spilling = {jobs[job] for job, cubin in cubins.items() if cubin.resources.spill_bytes}
+    return {w: {name for name in _gemm_table()["tiles"] if (w, name) not in spilling} for w in formats}
+
+
+def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
+    """Tiles for M tokens: none that is mostly empty, none that would take very many passes over the weights."""
+    found = {}
+    for name in sorted(names):
+        tile = GemmTile(**_gemm_table()["tiles"][name])
+        if (tile.block_m > 16 and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 128):
+            continue
+        for stream in (True, False):
+            if stream and m > 2048:
+                continue
+            found[f"{name}/{'stream' if stream else 'tiles'}"] = GemmChoice(tile, stream, "tuning")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the best into kernels/tables/gemm.json")
+    parser.add_argument("--log", type=Path, help="all measurements as JSON")
+    parser.add_argument("--weights", default="g128,per_channel,int8")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=300, help="stop measuring after this long")
+    arguments = parser.parse_args()
+    arch = architecture(torch.cuda.current_device())
+    formats: list[WeightFormat] = arguments.weights.split(",")
+    tokens = [int(m) for m in arguments.tokens.split(",")]
+    started = time.perf_counter()
+    usable = without_spills(arch, formats)
+    print(f"compiled in {time.perf_counter() - started:.1f} s; tiles without spills: {usable}", flush=True)
+    started, log, rows = time.perf_counter(), [], []
+    for weights in formats:
+        for shape, (n, k) in SHAPES.items():
+            problem = Problem(weights, n, k, max(tokens))
+            for m in tokens:
+                if time.perf_counter() - started > arguments.seconds:
+                    sys.exit("out of time")
+                calls = max(4, min(40, int(40 * 256 / max(m, 256))))
+                graphs = {
+                    name: capture(problem, m, choice, calls) for name, choice in candidates(m, usable[weights]).items()
+                }
+                times = time_graphs(graphs, calls, 4)
+                best = sorted(times, key=times.__getitem__)
+                log.append({"weights": weights, "shape": shape, "n": n, "k": k, "m": m, "us": times})
+                tops = 2 * m * n * k / times[best[0]] * 1e-6
+                bandwidth = problem.weight[0].numel() / times[best[0]] * 1e-3
+                shown = "  ".join(f"{name} {times[name]:.1f}" for name in best[:4])
+                print(f"{weights} {shape} M={m}: {tops:.0f} TOPS {bandwidth:.0f} GB/s  {shown}", flush=True)
+                tile, schedule = best[0].split("/")
+                rows.append(
+                    {
+                        "architecture": arch,
+                        "weights": weights,
+                        "n": n,
+                        "k": k,
+                        "max_m": m if m != max(tokens) else None,
+                        "tile": tile,
+                        "stream": schedule == "stream",
+                    }
+                )
+            del problem
+        total = {m: sum(min(e["us"].values()) for e in log if e["m"] == m and e["weights"] == weights) for m in tokens}
+        print(weights, "layer:", {m: round(us, 1) for m, us in total.items()}, flush=True)
+    if arguments.log:
+        arguments.log.write_text(json.dumps(log, indent=1))
+    if arguments.write:
+        table = _gemm_table()
+        others = [r for r in table["measured"] if not (r["architecture"] == arch and r["weights"] in formats)]
+        _TABLE.write_text(json.dumps({**table, "measured": others + rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

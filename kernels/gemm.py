@@ -1,0 +1,244 @@
+"""The GEMMs of quantized linears as custom operators, on packed weights in the checkpoint's own order.
+
+    qoq::w4a8_gemm         y [M, N] of int8 activations and 4-bit weights, progressive or per channel
+    qoq::w4a8_gemm_int32   its sums, before any scale
+    qoq::w8a8_gemm         y of int8 activations and int8 weights: the baseline that W4A8 is measured against
+    qoq::w8a8_gemm_int32   its sums
+
+Weights must have been checked once (`formats.packing.unpack_linear`): a value that leaves int8 would wrap unnoticed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qoq.kernels.dispatch import WORKSPACE_SUMS_PER_SM, GemmChoice, OutFormat, WeightFormat, choose_gemm
+from qoq.kernels.launch import architecture, load_kernel, num_sms
+from qoq.recipes.schema import GROUP_SIZE
+
+_OUT_FORMATS: dict[torch.dtype, OutFormat] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int32: "int32",
+}
+_MAX_K = 65536
+"""255 * 127 * K stays within int32."""
+_MAX_OPERAND_BYTES = 1 << 32
+"""The kernel's offsets within an operand have 32 bits."""
+_COUNTERS = 4096
+_CAPTURED = -1
+
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+@torch.library.custom_op("qoq::w4a8_gemm", mutates_args=(), device_types="cuda")
+def w4a8_gemm(
+    act_codes: Tensor,
+    act_scales: Tensor,
+    act_sums: Tensor,
+    qweight: Tensor,
+    s1_scales: Tensor,
+    s2_scales: Tensor | None,
+    s2_zeros: Tensor | None,
+    s1_szeros: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] in `out_dtype` (float16 or bfloat16), as `formats.arithmetic.linear_forward` defines it.
+
+    act_codes  int8 [M, K], K padded to a multiple of 128;  act_scales float32 [M];  act_sums int32 [M]
+    qweight    int8 [N, K/2], s1_scales float16 [N], bias float16 [N] or None, packed as on disk (`formats.packing`)
+    g128       s2_scales and s2_zeros int8 [K/128, N];   per channel: s1_szeros float16 [N]
+
+    Raises ValueError when a tensor's shape, dtype, device or layout is another.
+    """
+    n, k = _packed_shape(act_codes, qweight)
+    weights = _check_scales(s2_scales, s2_zeros, s1_szeros, n, k)
+    _check("act_scales", act_scales, torch.float32, (act_codes.shape[0],))
+    _check("act_sums", act_sums, torch.int32, (act_codes.shape[0],))
+    _check("s1_scales", s1_scales, torch.float16, (n,))
+    if bias is not None:
+        _check("bias", bias, torch.float16, (n,))
+    _check_out(out_dtype)
+    return run_gemm(
+        weights, act_codes, act_scales, act_sums, qweight, s1_scales, s2_scales, s2_zeros, s1_szeros, bias, n, out_dtype
+    )
+
+
+@torch.library.custom_op("qoq::w4a8_gemm_int32", mutates_args=(), device_types="cuda")
+def w4a8_gemm_int32(
+    act_codes: Tensor, act_sums: Tensor, qweight: Tensor, s2_scales: Tensor | None, s2_zeros: Tensor | None
+) -> Tensor:
+    """Sums int32 [M, N]: act_codes times level-1 weights (with s2), or times raw codes 0..15 (without)."""
+    n, k = _packed_shape(act_codes, qweight)
+    _check("act_sums", act_sums, torch.int32, (act_codes.shape[0],))
+    weights: WeightFormat = "per_channel"
+    if s2_scales is not None or s2_zeros is not None:
+        weights = _check_scales(s2_scales, s2_zeros, None, n, k)
+    return run_gemm(weights, act_codes, None, act_sums, qweight, None, s2_scales, s2_zeros, None, None, n, torch.int32)
+
+
+@torch.library.custom_op("qoq::w8a8_gemm", mutates_args=(), device_types="cuda")
+def w8a8_gemm(
+    act_codes: Tensor,
+    act_scales: Tensor,
+    weight: Tensor,
+    s1_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] = s1_scales * act_scales * (act_codes @ weight.T) (+ bias): int8 [M, K], int8 [N, K], K % 128 == 0."""
+    n = _int8_shape(act_codes, weight)
+    _check("act_scales", act_scales, torch.float32, (act_codes.shape[0],))
+    _check("s1_scales", s1_scales, torch.float16, (n,))
+    if bias is not None:
+        _check("bias", bias, torch.float16, (n,))
+    _check_out(out_dtype)
+    return run_gemm("int8", act_codes, act_scales, None, weight, s1_scales, None, None, None, bias, n, out_dtype)
+
+
+@torch.library.custom_op("qoq::w8a8_gemm_int32", mutates_args=(), device_types="cuda")
+def w8a8_gemm_int32(act_codes: Tensor, weight: Tensor) -> Tensor:
+    """Sums int32 [M, N] of int8 [M, K] and int8 [N, K], K a multiple of 128."""
+    n = _int8_shape(act_codes, weight)
+    return run_gemm("int8", act_codes, None, None, weight, None, None, None, None, None, n, torch.int32)
+
+
+def _fake_output(act_codes: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return act_codes.new_empty((act_codes.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+w4a8_gemm.register_fake(lambda codes, _scales, _sums, qweight, *rest: _fake_output(codes, qweight, rest[-1]))
+w4a8_gemm_int32.register_fake(lambda codes, _sums, qweight, *_rest: _fake_output(codes, qweight, torch.int32))
+w8a8_gemm.register_fake(lambda codes, _scales, weight, *rest: _fake_output(codes, weight, rest[-1]))
+w8a8_gemm_int32.register_fake(lambda codes, weight: _fake_output(codes, weight, torch.int32))
+
+
+def run_gemm(
+    weights: WeightFormat,
+    act_codes: Tensor,
+    act_scales: Tensor | None,
+    act_sums: Tensor | None,
+    weight: Tensor,
+    s1_scales: Tensor | None,
+    s2_scales: Tensor | None,
+    s2_zeros: Tensor | None,
+    s1_szeros: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    out_dtype: torch.dtype,
+    *,
+    choice: GemmChoice | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launch one GEMM on checked operands. `choice` and `out` are for tuning and for tests."""
+    m, k = act_codes.shape
+    device = act_codes.device.index
+    if out is None:
+        out = torch.empty((m, n), dtype=out_dtype, device=act_codes.device)
+    if m == 0:
+        return out
+    arch = architecture(device)
+    choice = choice or choose_gemm(arch, weights, m, n, k)
+    kernel = load_kernel(choice.tile.spec(arch, weights, _OUT_FORMATS[out_dtype]), device)
+    share = choice.share(arch, weights, m, n, k, num_sms(device))
+    workspace = _workspace(device)
+    with torch.cuda.device(device):
+        kernel.launch(
+            (share.blocks, 1, 1),
+            (
+                weight,
+                act_codes,
+                s2_scales,
+                s2_zeros,
+                act_scales,
+                act_sums,
+                s1_scales,
+                s1_szeros,
+                bias,
+                out,
+                workspace[_COUNTERS:],
+                workspace[:_COUNTERS],
+                m,
+                n,
+                k,
+                int(choice.stream),
+                share.units_each,
+                share.longer,
+            ),
+        )
+    return out
+
+
+def _workspace(device: int) -> Tensor:
+    """Counters and sums of tiles that blocks share, zero between launches: one a stream, so that streams do not mix.
+
+    All captured graphs of a device share one, made by the first call outside a capture: do not replay two of them at
+    the same time.
+    """
+    captured = (device, _CAPTURED)
+    if torch.cuda.is_current_stream_capturing():
+        if captured not in _workspaces:
+            raise RuntimeError("call the operator once before capturing a CUDA graph: it loads the kernel then")
+        return _workspaces[captured]
+    for key in (captured, (device, torch.cuda.current_stream(device).cuda_stream)):
+        if key not in _workspaces:
+            size = _COUNTERS + num_sms(device) * WORKSPACE_SUMS_PER_SM
+            _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
+    return _workspaces[key]
+
+
+def _packed_shape(act_codes: Tensor, qweight: Tensor) -> tuple[int, int]:
+    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    _check("act_codes", act_codes, torch.int8, (act_codes.shape[0], k))
+    _check("qweight", qweight, torch.int8, (n, k // 2))
+    if n % 32:
+        raise ValueError(f"qweight: N is {n}, expected a multiple of 32")
+    _check_sizes(act_codes, qweight)
+    return n, k
+
+
+def _int8_shape(act_codes: Tensor, weight: Tensor) -> int:
+    n, k = weight.shape
+    _check("act_codes", act_codes, torch.int8, (act_codes.shape[0], k))
+    _check("weight", weight, torch.int8, (n, k))
+    if n % 32:
+        raise ValueError(f"weight: N is {n}, expected a multiple of 32")
+    _check_sizes(act_codes, weight)
+    return n
+
+
+def _check_sizes(act_codes: Tensor, weight: Tensor) -> None:
+    k = act_codes.shape[1]
+    if k % GROUP_SIZE or not 0 < k <= _MAX_K:
+        raise ValueError(f"act_codes: K is {k}, expected a multiple of {GROUP_SIZE} up to {_MAX_K} (pad with zeros)")
+    if max(act_codes.numel(), weight.numel()) >= _MAX_OPERAND_BYTES:
+        raise ValueError("act_codes and weight must be below 4 GiB each: split M or N")
+    if act_codes.device != weight.device:
+        raise ValueError(f"act_codes are on {act_codes.device}, the weight on {weight.device}")
+
+
+def _check_scales(
+    s2_scales: Tensor | None, s2_zeros: Tensor | None, s1_szeros: Tensor | None, n: int, k: int
+) -> WeightFormat:
+    if s2_scales is not None and s2_zeros is not None and s1_szeros is None:
+        _check("s2_scales", s2_scales, torch.int8, (k // GROUP_SIZE, n))
+        _check("s2_zeros", s2_zeros, torch.int8, (k // GROUP_SIZE, n))
+        return "g128"
+    if s2_scales is None and s2_zeros is None and s1_szeros is not None:
+        _check("s1_szeros", s1_szeros, torch.float16, (n,))
+        return "per_channel"
+    raise ValueError("expected s2_scales and s2_zeros (g128), or s1_szeros alone (per channel)")
+
+
+def _check_out(out_dtype: torch.dtype) -> None:
+    if out_dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"out_dtype is {out_dtype}, expected torch.float16 or torch.bfloat16")
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        raise ValueError(f"{name}: expected a contiguous tensor that begins at a multiple of 16 bytes")

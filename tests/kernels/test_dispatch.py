@@ -1,0 +1,119 @@
+"""Dispatch: every shape gets a kernel that fits the architecture, with its reason."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qoq.kernels import dispatch
+from qoq.kernels.dispatch import (
+    ARCHITECTURES,
+    OUT_FORMATS,
+    WEIGHT_FORMATS,
+    WORKSPACE_SUMS_PER_SM,
+    GemmChoice,
+    GemmTile,
+    choose_gemm,
+    gemm_specs,
+    shared_bytes_of_sm,
+)
+
+TILES = {name: GemmTile(**arguments) for name, arguments in dispatch._gemm_table()["tiles"].items()}
+
+
+@given(
+    st.sampled_from([*ARCHITECTURES, "sm_87", "sm_103a", "sm_121a"]),
+    st.sampled_from(WEIGHT_FORMATS),
+    st.integers(1, 70000),
+    st.integers(1, 1000),
+    st.integers(1, 300),
+)
+def test_every_shape_is_chosen_for(architecture: str, weights: str, m: int, stripes: int, groups: int) -> None:
+    choice = choose_gemm(architecture, weights, m, 32 * stripes, 128 * groups)
+    assert choice.reason
+    specs = {spec for spec, _ in gemm_specs(architecture)}
+    for out in OUT_FORMATS:
+        assert choice.tile.spec(architecture, weights, out) in specs
+    share = choice.share(architecture, weights, m, 32 * stripes, 128 * groups, num_sms=132)
+    tiles = math.ceil(32 * stripes / choice.tile.block_n) * math.ceil(m / choice.tile.block_m)
+    units = tiles * math.ceil(groups / choice.tile.groups)
+    if choice.stream:
+        assert share.blocks * share.units_each + share.longer == units
+        assert 0 <= share.longer < share.blocks
+        assert share.units_each >= 1
+    else:
+        assert 1 <= share.blocks <= tiles
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiles_fit_shared_memory_and_workspace(architecture: str, weights: str) -> None:
+    for tile in {TILES[row["tile"]] for row in dispatch._rows(architecture, weights)[1]}:
+        blocks, stages = tile.resident(architecture, weights)
+        spec = tile.spec(architecture, weights, "float16")
+        assert spec.shared_bytes >= stages * tile.stage_bytes(weights)
+        assert blocks * (spec.shared_bytes + 1024 + 128) <= shared_bytes_of_sm(architecture)
+        assert 2 <= stages <= tile.stages
+        assert 1 <= blocks * tile.block_n * tile.block_m <= WORKSPACE_SUMS_PER_SM
+        assert spec.threads <= 1024
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 132, 264])
+@pytest.mark.parametrize(("tiles", "k_steps"), [(1, 300), (24, 32), (224, 32), (33, 7)])
+def test_shared_tiles_have_owners_of_their_own(blocks: int, tiles: int, k_steps: int) -> None:
+    """The arithmetic of gemm_schedule.cuh: a block begins at most one tile that it does not finish."""
+    units_each, longer = divmod(tiles * k_steps, min(blocks, tiles * k_steps))
+    first = [b * units_each + min(b, longer) for b in range(blocks + 1)]
+
+    def owner(tile: int) -> int:
+        unit, in_longer = tile * k_steps, longer * (units_each + 1)
+        return unit // (units_each + 1) if unit < in_longer else longer + (unit - in_longer) // units_each
+
+    shared = []
+    for tile in range(tiles):
+        begin, end = tile * k_steps, (tile + 1) * k_steps
+        holder = owner(tile)
+        assert first[holder] <= begin < first[holder + 1]
+        if first[holder + 1] < end:
+            shared.append(holder)
+    assert len(shared) == len(set(shared))
+
+
+def test_a_tile_too_large_for_the_workspace_is_refused() -> None:
+    with pytest.raises(ValueError, match="workspace"):
+        GemmTile(256, 256, 4, 2, 3, 1)
+
+
+def test_rows_name_tiles_and_end_without_a_limit() -> None:
+    rows = dispatch._gemm_table()["measured"]
+    assert {row["tile"] for row in rows} == set(TILES), "a tile without a row is only worth keeping while tuning"
+    for weights in WEIGHT_FORMATS:
+        shapes = {(row["n"], row["k"]) for row in rows if row["weights"] == weights}
+        for shape in shapes:
+            limits = [row["max_m"] for row in rows if row["weights"] == weights and (row["n"], row["k"]) == shape]
+            assert limits.count(None) == 1
+            assert len(limits) == len(set(limits))
+
+
+def test_an_architecture_never_measured_says_so() -> None:
+    assert "measured on sm_90" in choose_gemm("sm_89", "g128", 1, 4096, 4096).reason
+
+
+def test_measured_rows_answer_for_shapes_like_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = {"a": vars(GemmTile(128, 16, 4, 1, 4, 2)), "b": vars(GemmTile(128, 64, 4, 2, 4, 2))}
+    row = {"architecture": "sm_90", "weights": "g128", "stream": True}
+    rows = [
+        {**row, "n": 4096, "k": 4096, "max_m": 16, "tile": "a"},
+        {**row, "n": 4096, "k": 4096, "max_m": None, "tile": "b"},
+        {**row, "n": 28672, "k": 4096, "max_m": None, "tile": "a"},
+    ]
+    table = {"tiles": tile, "measured": rows}
+    monkeypatch.setattr(dispatch, "_gemm_table", lambda: table)
+    assert choose_gemm("sm_90", "g128", 16, 5120, 4096) == GemmChoice(
+        GemmTile(**tile["a"]), True, "measured on sm_90 for [4096, 4096], M <= 16: a"
+    )
+    assert choose_gemm("sm_90", "g128", 17, 5120, 4096).tile.block_m == 64
+    assert choose_gemm("sm_90", "g128", 5000, 22016, 4096).tile.block_m == 16
