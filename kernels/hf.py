@@ -3,7 +3,8 @@
     import qoq.kernels.hf
     model = AutoModelForCausalLM.from_pretrained("checkpoints/llama-3-8b-w4a8kv4-g128")
 
-The import registers quant_method "qoq". Linears become `QoQLinear`, whose arithmetic is that of the kernels.
+The import registers quant_method "qoq". Linears become `QoQLinear`: on a CUDA device and in 16 bit they run on qoq's
+kernels, elsewhere on the reference arithmetic, which gives the same numbers; `set_backend` chooses one of the two.
 
 With kv_bits 4 or 8 the model's attention is "qoq_kv4" or "qoq_kv8": transformers' sdpa attention, which sees every key
 (after RoPE) and value as a cache of that many bits gives it back. transformers' own cache holds the unrounded ones;
@@ -30,12 +31,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qoq.formats.arithmetic import kv_round_trip
 from qoq.formats.quantization_config import QUANT_METHOD, QuantizationConfig
-from qoq.kernels.modules import QoQLinear
+from qoq.kernels.modules import Backend, QoQLinear, is_on_gpu
 from qoq.recipes.errors import EnvironmentProblem, InputError, raise_problems
 from qoq.recipes.families import family_of
 
 _BASE_ATTENTION = "sdpa"
 _ATTENTION = {4: "qoq_kv4", 8: "qoq_kv8"}
+_BACKEND = "qoq_backend"
+"""Attribute of an attention module; transformers passes the module, and nothing else of ours, to the function."""
 _LEAVES = ("qweight", "s1_scales", "s2_scales", "s2_zeros", "s1_szeros", "bias", "weight")
 _SAFETENSORS_NAMES = {torch.int8: "I8", torch.float16: "F16"}
 
@@ -145,6 +148,19 @@ def set_act_bits(model: nn.Module, bits: int) -> None:
     for module in model.modules():
         if isinstance(module, QoQLinear):
             module.act_bits = bits
+
+
+def set_backend(model: nn.Module, backend: Backend) -> None:
+    """From now on, the quantized linears and the KV rounding of `model` run on "kernels", on "reference" arithmetic, or
+    ("auto") on the kernels where they can: a CUDA device of Ampere or newer, 16-bit inputs, 8-bit activations.
+
+    With "kernels", whatever cannot run on them raises when it is called. Raises InputError for another name.
+    """
+    for module in model.modules():
+        if isinstance(module, QoQLinear):
+            module.backend = backend
+        elif hasattr(module, "head_dim"):
+            setattr(module, _BACKEND, backend)
 
 
 def _choose_attention(model: PreTrainedModel, implementation: str) -> None:
@@ -289,13 +305,30 @@ def _attention(bits: Literal[4, 8]) -> Callable[..., tuple[Tensor, Tensor | None
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """transformers' sdpa attention over key and value [batch, KV heads, tokens, D] after the round trip."""
-        key, value = kv_round_trip(key, bits), kv_round_trip(value, bits)
+        backend: Backend = getattr(module, _BACKEND, "auto")
+        key, value = _round_trip(key, bits, backend), _round_trip(value, bits, backend)
         result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[_BASE_ATTENTION](
             module, query, key, value, attention_mask, **kwargs
         )
         return result
 
     return attend
+
+
+def _round_trip(x: Tensor, bits: Literal[4, 8], backend: Backend) -> Tensor:
+    """x [..., D] as a cache gives it back; the kernel and PyTorch give the same numbers."""
+    fits = is_on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16)
+    if backend == "reference" or not fits or not _kernels_are_usable():
+        return kv_round_trip(x, bits)
+    rounded: Tensor = torch.ops.qoq.kv_round_trip(x.contiguous(), bits)
+    return rounded
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernels_are_usable() -> bool:
+    from qoq.kernels.ops import usable_device_problem
+
+    return usable_device_problem() is None
 
 
 def _register() -> None:

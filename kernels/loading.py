@@ -1,17 +1,22 @@
-"""Load a checkpoint, or a 16-bit model, through transformers."""
+"""Load a checkpoint, or a 16-bit model, through transformers; and run it over windows of text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import qoq.kernels.hf  # noqa: F401  (registers the format)
+import qoq.kernels.hf
 from qoq.formats.checkpoint import is_checkpoint, open_checkpoint
 from qoq.formats.sources import is_gguf
 from qoq.recipes.errors import InputError
+
+_BATCH_TOKENS = 4096
+"""Tokens that go through the model at once; bounds the logits of large vocabularies."""
 
 
 def load_model(path: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -33,3 +38,39 @@ def load_model(path: Path, *, device: str = "cpu", trust_remote_code: bool = Fal
     torch.nn.Module.to(model, torch.device(device))  # transformers' own `to` is not typed for a device
     model.eval()
     return model
+
+
+class KernelModel:
+    """A checkpoint as it is served: 16-bit activations between linears, everything quantized on the kernels.
+
+    It is loaded when its first logits are asked for, and given back after the last.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        kv_bits: int,
+        on_windows: Callable[[int], None] = lambda _: None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._path, self._device, self._kv_bits = path, device, kv_bits
+        self._on_windows, self._trust = on_windows, trust_remote_code
+
+    def logits(self, windows: Tensor) -> Iterator[Tensor]:
+        """Logits float32 [L, V] of each window of token ids [S, L], in order.
+
+        Raises EnvironmentProblem when the kernels cannot run, InputError when the checkpoint cannot be loaded.
+        """
+        model = load_model(self._path, device=self._device, trust_remote_code=self._trust)
+        qoq.kernels.hf.set_act_bits(model, 8)
+        qoq.kernels.hf.set_kv_bits(model, self._kv_bits)
+        qoq.kernels.hf.set_backend(model, "kernels")
+        batch = max(1, _BATCH_TOKENS // windows.shape[1])
+        for tokens in windows.split(batch):
+            with torch.no_grad():  # not around the yield: the mode is global, and would be the caller's meanwhile
+                logits = model(input_ids=tokens.to(self._device), use_cache=False).logits
+            self._on_windows(len(tokens))
+            for window in logits:
+                yield window.float()

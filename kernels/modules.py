@@ -1,9 +1,10 @@
-"""A quantized linear as a torch module: it holds the checkpoint's packed tensors and computes as the kernels do."""
+"""A quantized linear as a torch module: it holds the checkpoint's packed tensors, and computes with the CUDA kernels
+where it can, with the reference arithmetic elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.formats.packing import ZeroDomain, packed_shapes, unpack_linear
 from qoq.formats.quantized_linear import QuantizedLinear
-from qoq.recipes.errors import InputError
+from qoq.recipes.errors import EnvironmentProblem, InputError
+
+Backend = Literal["auto", "reference", "kernels"]
+"""auto: kernels where they can run. kernels: an error where they cannot."""
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+IN_FEATURES_STEP = 8
+"""The activation quantizer reads 16 bytes at a time; other in_features stay with the reference."""
 
 
 class QoQLinear(nn.Module):
@@ -22,8 +29,12 @@ class QoQLinear(nn.Module):
     scale is another weight; moves to a device move them. They start as zeros, which are refused when decoded: a module
     that was never loaded does not compute.
 
-    The first forward decodes them into int8 [N, K], checks them, and keeps the result outside the state dict until the
-    module is moved or loaded again.
+    On a CUDA device, 16-bit inputs go through the kernels, which read the packed tensors as they are. Elsewhere (on a
+    CPU, in float32, with act_bits 16, or as `backend` says) the reference arithmetic computes the same numbers.
+
+    The first forward checks the packed tensors, before any kernel starts: a value that leaves a byte would corrupt
+    results unnoticed. The reference also keeps them decoded, int8 [N, K], outside the state dict. Both are done again
+    when the module is moved, loaded or edited. (A module compiled by torch.compile does not see edits.)
     """
 
     qweight: Tensor
@@ -66,12 +77,27 @@ class QoQLinear(nn.Module):
         self.progressive = progressive
         self.zero_domain = zero_domain
         self.act_bits = act_bits
+        self._backend: Backend = "auto"
         shapes = packed_shapes(out_features, in_features, progressive=progressive, has_bias=has_bias)
         for buffer, (dtype, shape) in shapes.items():
             self.register_buffer(buffer, torch.zeros(shape, dtype=dtype, device=device))
         if not has_bias:
             self.register_buffer("bias", None)
         self._decoded: tuple[dict[str, Tensor], IntegerWeight] | None = None
+        self._checked: list[tuple[Tensor, int]] | None = None  # what was found fit for the kernels, and its version
+        self._kernels_run = False
+
+    @property
+    def backend(self) -> Backend:
+        """What computes: see `Backend`. Raises InputError when set to anything else."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        if backend not in get_args(Backend):
+            raise InputError(f"backend is {backend!r}, expected one of {', '.join(get_args(Backend))}")
+        self._backend = backend
+        self._forget()
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name, as `pack_linear` returns them."""
@@ -99,10 +125,81 @@ class QoQLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._runs_kernels(x):
+            return self._kernel_forward(x)
         weight = self.integer_weight()
         # Under autocast the exact integer sums would be stored in 16 bits.
         with torch.autocast(x.device.type, enabled=False):
             return linear_forward(x, weight, act_bits=self.act_bits)
+
+    def _runs_kernels(self, x: Tensor) -> bool:
+        """Whether x goes through the kernels. Raises when they were asked for and cannot run."""
+        if self._backend == "reference":
+            return False
+        problem = self._misfit(x)
+        if problem is None:
+            if self._checked is None or not (torch.compiler.is_compiling() or self._is_as_checked()):
+                self._prepare_kernels()
+            return self._kernels_run
+        if self._backend == "kernels":
+            raise InputError(f"{self.name}: the kernels cannot run: {problem}", remedy="use the reference backend")
+        return False
+
+    def _misfit(self, x: Tensor) -> str | None:
+        """Why the kernels cannot take x, apart from whether this machine has them."""
+        if not is_on_gpu(x):
+            return f"the input is on {x.device}, expected a CUDA device"
+        if x.dtype not in _KERNEL_DTYPES:
+            return f"the input is {x.dtype}, expected float16 or bfloat16"
+        if self.act_bits != 8:
+            return f"act_bits is {self.act_bits}, expected 8"
+        if self.in_features % IN_FEATURES_STEP or x.shape[-1] != self.in_features:
+            return f"{x.shape[-1]} in_features, expected {self.in_features} and a multiple of {IN_FEATURES_STEP}"
+        return None
+
+    def _is_as_checked(self) -> bool:
+        packed, checked = self.packed().values(), self._checked or []
+        return len(packed) == len(checked) and all(
+            tensor is known and _version(tensor) == version
+            for tensor, (known, version) in zip(packed, checked, strict=True)
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare_kernels(self) -> None:
+        """Before the first launch: are there kernels, and are the bytes such that they compute what is meant?"""
+        from qoq.kernels.ops import usable_device_problem
+
+        problem = usable_device_problem()
+        if problem is not None and self._backend == "kernels":
+            raise EnvironmentProblem(f"the kernels cannot run: {problem}", remedy="`qoq doctor` says what is missing")
+        self._forget()
+        self._kernels_run = problem is None
+        if self._kernels_run:
+            self.unpack()
+        self._checked = [(tensor, _version(tensor)) for tensor in self.packed().values()]
+
+    def _kernel_forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).contiguous()
+        act_codes, act_scales, act_sums = torch.ops.qoq.quantize_activation(rows)
+        progressive = self.progressive
+        y: Tensor = torch.ops.qoq.w4a8_gemm(
+            act_codes,
+            act_scales,
+            act_sums,
+            self.qweight,
+            self.s1_scales,
+            self.s2_scales if progressive else None,
+            self.s2_zeros if progressive else None,
+            None if progressive else self.s1_szeros,
+            self.bias,
+            x.dtype,
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _forget(self) -> None:
+        """Nothing is known any more of the packed tensors."""
+        self._decoded = None
+        self._checked = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ordinary linear of the weights that the kernels multiply by, in `dtype` on the module's device."""
@@ -120,7 +217,7 @@ class QoQLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casts skip integer tensors, so the bytes are shown to `fn` as integers; what casts even those only moves them.
-        self._decoded = None
+        self._forget()
         for name, buffer in self.packed().items():
             as_bytes = buffer.view(torch.uint8)
             moved = fn(as_bytes)
@@ -139,7 +236,7 @@ class QoQLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._decoded = None
+        self._forget()
         wrong = [
             f"{prefix}{name}: expected {buffer.dtype}, got {state_dict[prefix + name].dtype}"
             for name, buffer in self.packed().items()
@@ -152,4 +249,14 @@ class QoQLinear(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": None}  # copies and pickles decode for themselves
+        return {**self.__dict__, "_decoded": None, "_checked": None}  # copies and pickles decode for themselves
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """Apart, so that tests may pretend."""
+    return x.is_cuda
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes when the tensor is edited in place; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from qoq.recipes.errors import InputError
+from qoq_cli.backends import kernel_problem
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import resolve_model
 from qoq_cli.terminal import DeviceOption, JsonOption, QuietOption, Terminal, TracebackOption, TrustOption, guarded
@@ -90,6 +91,7 @@ def generate(
     }
 
     def render(console: Console) -> None:
-        terminal.note(f"{facts['new_tokens']} tokens in {seconds:.1f} s on {target} (reference arithmetic)")
+        how = "kernels" if kernel_problem(target) is None else "reference arithmetic"
+        terminal.note(f"{facts['new_tokens']} tokens in {seconds:.1f} s on {target} ({how})")
 
     terminal.result(facts, render)

@@ -595,6 +595,37 @@ def test_kv_and_act_bits_can_be_changed_after_loading(llama: Checkpoint, tokens:
     assert model.config.quantization_config.kv_bits == 4
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_backend_is_chosen_for_linears_and_cache(
+    name: str,
+    checkpoints: dict[str, Checkpoint],
+    tokens: Tensor,
+    cpu_operators: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for the kernels, which compute the same numbers: auto and kernels run them, the reference not."""
+    monkeypatch.setattr("qoq.kernels.hf.is_on_gpu", lambda x: True)
+    monkeypatch.setattr("qoq.kernels.modules.is_on_gpu", lambda x: True)
+    monkeypatch.setattr("qoq.kernels.ops.usable_device_problem", lambda: None)
+    model = load(checkpoints[name], dtype=torch.float16)
+    plugin.set_backend(model, "reference")
+    expected = logits_of(model, tokens)
+    assert cpu_operators.calls == []
+    for backend in ("auto", "kernels"):
+        plugin.set_backend(model, backend)
+        cpu_operators.calls.clear()
+        assert torch.equal(logits_of(model, tokens), expected)
+        layers = model.config.num_hidden_layers
+        assert cpu_operators.calls.count("w4a8_gemm") == 7 * layers
+        assert cpu_operators.calls.count("kv_round_trip") == 2 * layers
+    plugin.set_kv_bits(model, 16)
+    cpu_operators.calls.clear()
+    logits_of(model, tokens)
+    assert "kv_round_trip" not in cpu_operators.calls
+    with pytest.raises(InputError, match="backend is 'cuda'"):
+        plugin.set_backend(model, "cuda")  # type: ignore[arg-type]
+
+
 def test_continuous_batching_is_refused(llama: Checkpoint) -> None:
     model = load(llama, dtype=torch.float32)
     assert not model._supports_flash_attn, "it would change to flash attention, which knows no KV quantization"

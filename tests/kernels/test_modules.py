@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.formats.packing import pack_linear, packed_shapes
 from qoq.formats.quantized_linear import QuantizedLinear, S2Offsets, ZeroPoints
 from qoq.kernels.modules import QoQLinear
-from qoq.recipes.errors import InputError
+from qoq.recipes.errors import EnvironmentProblem, InputError
 
 N, K = 64, 192
 
@@ -230,3 +231,124 @@ def test_dequantize_gives_an_ordinary_linear(progressive: bool, has_bias: bool, 
 def test_repr_says_what_it_is() -> None:
     module = module_of(random_linear(progressive=True, has_bias=False))
     assert repr(module) == "QoQLinear(192, 64, bias=False, w4 g128, act_bits=8)"
+
+
+# ---- with the kernels, whose operators have stand-ins on the CPU
+
+
+@pytest.fixture
+def kernels(cpu_operators: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("qoq.kernels.modules.is_on_gpu", lambda x: True)
+    monkeypatch.setattr("qoq.kernels.ops.usable_device_problem", lambda: None)
+    return cpu_operators
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("progressive", "has_bias", "post_scale"), CASES)
+def test_kernels_get_the_packed_tensors(
+    kernels: Any, progressive: bool, has_bias: bool, post_scale: bool, dtype: torch.dtype
+) -> None:
+    linear = random_linear(progressive=progressive, has_bias=has_bias, post_scale=post_scale)
+    module = module_of(linear)
+    x = torch.randn(2, 3, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = module(x.transpose(0, 1))
+    assert kernels.calls == ["quantize_activation", "w4a8_gemm"]
+    assert y.dtype == dtype
+    assert torch.equal(y, linear_forward(x, IntegerWeight.decode(linear), act_bits=8).transpose(0, 1))
+    assert module._decoded is None, "the int8 copy must not take memory beside the packed tensors"
+
+
+def test_no_tokens_are_no_problem(kernels: Any) -> None:
+    assert module_of(random_linear(progressive=True, has_bias=True))(torch.ones(0, K).half()).shape == (0, N)
+
+
+@pytest.mark.parametrize("edit", ["at first", "in place", "another tensor", "loaded", "moved"])
+def test_illegal_bytes_never_reach_a_kernel(kernels: Any, edit: str) -> None:
+    linear = random_linear(progressive=True, has_bias=False)
+    module, x = module_of(linear), torch.ones(1, K).half()
+    if edit != "at first":
+        module(x)
+        module(x)
+        kernels.calls.clear()
+    illegal = module.s2_scales.clone()
+    illegal[1, 5] = 17
+    match edit:
+        case "at first" | "in place":
+            module.s2_scales[1, 5] = 17
+        case "another tensor":
+            module.s2_scales = illegal
+        case "loaded":
+            module.load_state_dict({**module.state_dict(), "s2_scales": illegal})
+        case "moved":
+            module.to_empty(device="cpu")
+            module._buffers["s2_scales"] = illegal
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj: s2_scales: values"):
+        module(x)
+    assert kernels.calls == []
+
+
+def test_bytes_are_checked_once(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_of(random_linear(progressive=True, has_bias=False)), torch.ones(1, K).half()
+    module(x)
+    monkeypatch.setattr(module, "unpack", lambda: pytest.fail("decoded again"))
+    module(x)
+
+
+def test_tensors_made_in_inference_mode_can_be_run(kernels: Any) -> None:
+    with torch.inference_mode():
+        module = module_of(random_linear(progressive=True, has_bias=False))
+        assert module(torch.ones(1, K).half()).shape == (1, N)
+        assert module(torch.ones(1, K).half()).shape == (1, N)
+
+
+def test_what_the_kernels_cannot_take_goes_to_the_reference(kernels: Any) -> None:
+    linear = random_linear(progressive=True, has_bias=True)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(module_of(linear)(x), linear_forward(x, IntegerWeight.decode(linear), act_bits=8))
+    module_of(linear, act_bits=16)(x.half())
+    odd = random_linear(progressive=True, has_bias=False, in_features=132)
+    module_of(odd)(x[:, :132].half())
+    assert kernels.calls == []
+
+
+def test_backend_is_as_chosen(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = random_linear(progressive=True, has_bias=True)
+    module, x = module_of(linear), torch.randn(3, K, generator=torch.Generator().manual_seed(1)).half()
+    module.backend = "reference"
+    expected = module(x)
+    assert kernels.calls == []
+    module.backend = "kernels"
+    assert torch.equal(module(x), expected)
+    assert kernels.calls == ["quantize_activation", "w4a8_gemm"]
+    with pytest.raises(InputError, match=r"up_proj: the kernels cannot run: the input is torch\.float32"):
+        module(x.float())
+    module.act_bits = 16
+    with pytest.raises(InputError, match="act_bits is 16"):
+        module(x)
+    with pytest.raises(InputError, match="backend is 'cuda', expected one of auto, reference, kernels"):
+        module.backend = "cuda"  # type: ignore[assignment]
+
+
+def test_without_kernels_auto_falls_back_and_kernels_raise(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qoq.kernels.ops.usable_device_problem", lambda: "CuPy is not usable")
+    module, x = module_of(random_linear(progressive=True, has_bias=True)), torch.ones(1, K).half()
+    assert module(x).shape == module(x).shape == (1, N)
+    module.backend = "kernels"
+    with pytest.raises(EnvironmentProblem, match="CuPy is not usable"):
+        module(x)
+    assert kernels.calls == []
+
+
+def test_compiled_into_one_graph_after_the_first_call(kernels: Any) -> None:
+    linear = random_linear(progressive=True, has_bias=True)
+    module, x = module_of(linear), torch.randn(3, K, generator=torch.Generator().manual_seed(1)).half()
+    module(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), linear_forward(x, IntegerWeight.decode(linear), act_bits=8))
+
+
+def test_copies_keep_the_backend(kernels: Any) -> None:
+    module = module_of(random_linear(progressive=True, has_bias=True))
+    module.backend = "reference"
+    assert copy.deepcopy(module).backend == "reference"
