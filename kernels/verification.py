@@ -28,15 +28,22 @@ class LinearCheck:
         return min(self.level1_min - INT8_MIN, INT8_MAX - self.level1_max)
 
 
-def check_linear(linear: QuantizedLinear, packed: Mapping[str, Tensor]) -> LinearCheck:
-    """Compare plain integer arithmetic on a decoded linear with the register arithmetic on its packed bytes."""
+def emulate_weight(packed: Mapping[str, Tensor]) -> Tensor:
+    """The integers [N, K] that kernels feed to the tensor cores: level-1 weights int8, or (per channel) codes uint8."""
+    if "s2_scales" in packed:
+        return emulate_packed_level1(packed["qweight"], packed["s2_scales"], packed["s2_zeros"])
+    return emulate_packed_codes(packed["qweight"])
+
+
+def check_linear(linear: QuantizedLinear, emulated: Tensor) -> LinearCheck:
+    """Compare plain integer arithmetic on a decoded linear with the register arithmetic on its packed bytes.
+
+    emulated: `emulate_weight` of the packed tensors.
+    """
     level1 = linear.level1()
     problems = []
-    if linear.is_progressive:
-        emulated = emulate_packed_level1(packed["qweight"], packed["s2_scales"], packed["s2_zeros"])
-        wrong = int((emulated.to(torch.int16) != level1).sum())
-    else:
-        wrong = int((emulate_packed_codes(packed["qweight"]) != linear.codes).sum())
+    expected = level1 if linear.is_progressive else linear.codes
+    wrong = int((emulated.to(torch.int16) != expected).sum())
     if wrong:
         problems.append(f"packed-register arithmetic differs from integer arithmetic in {wrong} weights")
     return LinearCheck(int(level1.min()), int(level1.max()), tuple(problems))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qoq.recipes.errors import InputError
-from qoq_cli.devices import resolve_device
+from qoq_cli.backends import KERNELS, REFERENCE, BackendOption, resolve_backend
 from qoq_cli.model_location import EMBEDDED, TINY, TINY_OUTLIER, builtin_texts, find_newest_checkpoint, resolve_model
 from qoq_cli.progress import progress
 from qoq_cli.terminal import (
@@ -29,7 +29,7 @@ from qoq_cli.terminal import (
 if TYPE_CHECKING:
     import torch
 
-    from qoq.calib.streaming import StreamedModel
+    from qoq.calib.perplexity import Forward
 
 _DEFAULT_LENGTH = 2048
 
@@ -57,6 +57,7 @@ def evaluate(
     act_bits: Annotated[
         int | None, typer.Option(metavar="N", help="Activation bits: 8 or 16.  [default: the checkpoint's]")
     ] = None,
+    backend: BackendOption = "auto",
     device: DeviceOption = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -68,6 +69,9 @@ def evaluate(
 
     Weights are decoded from the packed bytes, activations are int8 per token, keys (after RoPE) and values go through
     the 4-bit cache. Windows do not overlap; each is scored on its own.
+
+    On a GPU, checkpoints run on the CUDA kernels, loaded whole in 16 bit, as they are served. The reference computes in
+    float32, one decoder block at a time; it takes any machine, 16-bit models, the baseline, and 16-bit activations.
 
     Examples: `qoq eval checkpoints/tiny-w4a8kv4-g128 --baseline tiny --ppl builtin`; `qoq eval CKPT --kv-bits 16`.
     """
@@ -86,8 +90,12 @@ def evaluate(
         names = [str(newest)]
     if baseline is not None and baseline not in names:
         names.insert(0, baseline)
-    evaluation = _Evaluation(terminal, resolve_device(device), kv_bits, act_bits, revision, trust_remote_code)
+    if backend == KERNELS and act_bits == 16:
+        raise InputError("--backend kernels: the kernels take 8-bit activations only", remedy="leave --act-bits 16 out")
+    evaluation = _Evaluation(terminal, backend, device, kv_bits, act_bits, revision, trust_remote_code)
     opened = {name: evaluation.open(name, is_baseline=name == baseline) for name in dict.fromkeys(names)}
+    if backend == KERNELS and not any(model.facts["backend"] == KERNELS for model in opened.values()):
+        raise InputError("--backend kernels: none of the models is a checkpoint", remedy="use --backend reference")
     if act_bits == 8 and not any(model.has_quantized for model in opened.values()):
         raise InputError("--act-bits 8: only quantized linears take 8-bit activations", remedy="pass a checkpoint")
     texts = ppl or (["builtin"] if evaluation.all_embedded else ["wikitext"])
@@ -99,9 +107,9 @@ def evaluate(
 
 
 class _Model:
-    """One opened model and how it is run."""
+    """One opened model and how it is run; `make` takes what to call with the blocks that were done since the last."""
 
-    def __init__(self, label: str, make: Callable[[Callable[[int], None]], StreamedModel], facts: dict[str, Any]):
+    def __init__(self, label: str, make: Callable[[Callable[[float], None]], Forward], facts: dict[str, Any]):
         self.label, self.make, self.facts = label, make, facts
         self.path: Path = facts.pop("path")
         self.blocks: int = facts.pop("blocks")
@@ -113,16 +121,19 @@ class _Evaluation:
     def __init__(
         self,
         terminal: Terminal,
+        backend: str,
         device: str,
         kv_bits: int | None,
         act_bits: int | None,
         revision: str | None,
         trust_remote_code: bool,
     ) -> None:
-        from qoq.calib.job import check_device
-
-        check_device(device)
-        self.terminal, self.device = terminal, device
+        self._backend, self.device, reason = resolve_backend(backend, device)
+        if self._backend == KERNELS and act_bits == 16:
+            self._backend, reason = REFERENCE, "the kernels take 8-bit activations only"
+        terminal.note(f"backend of checkpoints: {self._backend} ({reason})")
+        self._must_run_kernels = backend == KERNELS
+        self.terminal = terminal
         self._kv_bits, self._act_bits = kv_bits, act_bits
         self._revision, self._trust = revision, trust_remote_code
         self.all_embedded = True
@@ -154,7 +165,16 @@ class _Evaluation:
             kv_bits = 16 if is_baseline else self._kv_bits or 16
             checkpoint, act_bits, weights = None, 16, "w16"
 
-        def make(on_block: Callable[[int], None]) -> StreamedModel:
+        backend = self._backend if checkpoint is not None and act_bits == 8 else REFERENCE
+        if checkpoint is not None and self._must_run_kernels and backend != KERNELS:
+            raise InputError(
+                f"--backend kernels: {name} has {act_bits}-bit activations, and the kernels take 8-bit ones only",
+                remedy="pass --act-bits 8, or --backend reference",
+            )
+
+        def make(on_blocks: Callable[[float], None]) -> Forward:
+            if backend == KERNELS:
+                return self._kernel_forward(location.path, kv_bits, skeleton.num_blocks, on_blocks)
             return StreamedModel(
                 skeleton,
                 source,
@@ -162,16 +182,36 @@ class _Evaluation:
                 checkpoint=checkpoint,
                 act_bits=act_bits,
                 kv_bits=kv_bits,
-                on_block=on_block,
-            )
+                on_block=lambda _: on_blocks(1),
+            ).logits
 
         facts = {
             "scheme": f"{weights}a{act_bits}kv{kv_bits}",
+            "backend": backend,
             "path": location.path,
             "blocks": skeleton.num_blocks,
             "positions": int(getattr(skeleton.config, "max_position_embeddings", _DEFAULT_LENGTH)),
         }
         return _Model(name, make, facts)
+
+    def _kernel_forward(self, path: Path, kv_bits: int, blocks: int, on_blocks: Callable[[float], None]) -> Forward:
+        from transformers.utils.logging import disable_progress_bar
+
+        from qoq.kernels.loading import KernelModel
+
+        disable_progress_bar()  # of loading weights; it would write to stderr
+
+        def forward(windows: torch.Tensor) -> Iterator[torch.Tensor]:
+            model = KernelModel(
+                path,
+                device=self.device,
+                kv_bits=kv_bits,
+                on_windows=lambda count: on_blocks(blocks * count / len(windows)),
+                trust_remote_code=self._trust,
+            )
+            return model.logits(windows)
+
+        return forward
 
     def windows(self, model: _Model, text: str, length: int, limit: int | None) -> torch.Tensor:
         """Evaluation windows of `text` in the tokens of `model`."""
@@ -203,14 +243,17 @@ class _Evaluation:
                 )
         with progress(self.terminal, f"evaluating on {text}") as update:
             total = sum(model.blocks for model in models.values())
-            done = 0
+            done = 0.0
 
-            def on_block(index: int) -> None:
-                nonlocal done
-                done += 1
-                update(min(done, total), total, f"block {index}")
+            def watch(name: str) -> Callable[[float], None]:
+                def on_blocks(count: float) -> None:
+                    nonlocal done
+                    done += count
+                    update(min(done, total), total, name)
 
-            forwards = {name: model.make(on_block).logits for name, model in models.items()}
+                return on_blocks
+
+            forwards = {name: model.make(watch(name)) for name, model in models.items()}
             scores = score_models(forwards, windows, baseline=baseline)
         return {
             "windows": int(windows.shape[0]),
@@ -229,13 +272,16 @@ def _render(console: Console, results: dict[str, Any], baseline: str | None) -> 
         table = Table(title=title, title_justify="left")
         table.add_column("model", overflow="fold")
         table.add_column("scheme")
+        on_kernels = any(score["backend"] == KERNELS for score in result["models"].values())
+        if on_kernels:
+            table.add_column("backend")
         table.add_column("perplexity", justify="right", style="bold")
         if baseline is not None:
             table.add_column("loss", justify="right")
             table.add_column("KL divergence", justify="right")
             table.add_column("same top token", justify="right")
         for name, score in result["models"].items():
-            cells = [name, score["scheme"], f"{score['perplexity']:.3f}"]
+            cells = [name, score["scheme"], *([score["backend"]] if on_kernels else []), f"{score['perplexity']:.3f}"]
             if baseline is not None and name == baseline:
                 cells += ["", "", ""]
             elif baseline is not None:

@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from qoq.recipes.errors import CheckFailed, InputError, QoQError
-from qoq_cli.devices import resolve_device
+from qoq_cli.backends import KERNELS, BackendOption, resolve_backend
 from qoq_cli.model_location import builtin_texts, resolve_model
 from qoq_cli.progress import progress
 from qoq_cli.terminal import JsonOption, QuietOption, RevisionOption, Terminal, TracebackOption, TrustOption, guarded
 
 if TYPE_CHECKING:
     from qoq.calib.served import ServedModel
+    from qoq.kernels.gpu_verification import KernelProof
 
 _NOT_THIS_MODEL = 0.9
 """Relative weight error of an unrelated weight is about 1; outliers can bring rounding per channel to 0.7."""
@@ -29,7 +30,10 @@ def verify(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The 16-bit model: adds the error of each block and linear.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEV", help="Device of the comparison with --against.")] = "auto",
+    backend: BackendOption = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEV", help="Where kernels and --against run: auto, cpu, cuda, cuda:1, ...")
+    ] = "auto",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -41,13 +45,20 @@ def verify(
     Checks the hash of every file; names, types and shapes of all tensors; that scales are finite; that no level-1
     weight leaves int8, computed without wrapping; and that the packed-register arithmetic of the kernels gives exactly
     the integers meant. Exit code 1, and the tensor's name, when anything is off.
+
+    On a GPU (see --backend), every linear also goes through the CUDA kernels, with 1 to 300 tokens: integer sums must
+    equal the oracle's bit for bit, outputs must be rounded once. The activation quantizer and the bytes of the KV cache
+    must be equal too, and attention over the cache within a stated tolerance.
+
+    Examples: `qoq verify checkpoints/tiny-w4a8kv4-g128 --against tiny`; `qoq verify CKPT --backend kernels`.
     """
     terminal = Terminal(as_json, quiet)
-    report = _check(terminal, checkpoint, trust_remote_code)
+    chosen, target, reason = resolve_backend(backend, device)
+    terminal.note(f"backend: {chosen} ({reason})")
+    report = _check(terminal, checkpoint, trust_remote_code, target if chosen == KERNELS else None)
+    report["backend"] = chosen
     if against is not None and not report["problems"]:
-        report["against"] = _compare(
-            terminal, report, checkpoint, against, resolve_device(device), revision, trust_remote_code
-        )
+        report["against"] = _compare(terminal, report, checkpoint, against, target, revision, trust_remote_code)
     report["ok"] = not report["problems"]
     for warning in report["warnings"]:
         terminal.warn(warning)
@@ -60,12 +71,18 @@ def verify(
         )
 
 
-def _check(terminal: Terminal, folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _check(terminal: Terminal, folder: Path, trust_remote_code: bool, gpu: str | None) -> dict[str, Any]:
+    """Everything but --against; `gpu` is the device of the kernels, None to leave them out."""
     from qoq.calib.served import open_served
     from qoq.formats.manifest import manifest_problems, read_manifest
 
     manifest = read_manifest(folder)
-    report: dict[str, Any] = {"checkpoint": str(folder), "files": len(manifest["files"]), "linears": {}}
+    report: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "files": len(manifest["files"]),
+        "linears": {},
+        "kernels": None,
+    }
     report["problems"], report["warnings"] = manifest_problems(folder, manifest)
     try:
         served = open_served(folder, trust_remote_code=trust_remote_code)
@@ -73,13 +90,21 @@ def _check(terminal: Terminal, folder: Path, trust_remote_code: bool) -> dict[st
         report["problems"].append(str(error))
         return report
     report["progressive"] = served.checkpoint.quantization.group_size is not None
-    _check_linears(terminal, served, report)
+    if gpu is None:
+        _check_linears(terminal, served, report, None)
+    else:
+        from qoq.kernels.gpu_verification import KernelProof
+
+        proof = KernelProof(gpu)
+        _check_linears(terminal, served, report, proof)
+        _check_attention(served, report, proof)
+        report["kernels"] = proof.summary()
     _check_kept(served, report)
     return report
 
 
-def _check_linears(terminal: Terminal, served: ServedModel, report: dict[str, Any]) -> None:
-    from qoq.kernels.verification import check_linear
+def _check_linears(terminal: Terminal, served: ServedModel, report: dict[str, Any], proof: KernelProof | None) -> None:
+    from qoq.kernels.verification import check_linear, emulate_weight
 
     checkpoint = served.checkpoint
     with progress(terminal, "verifying") as update:
@@ -87,7 +112,11 @@ def _check_linears(terminal: Terminal, served: ServedModel, report: dict[str, An
             update(i, len(served.quantized), name)
             try:
                 decoded = checkpoint.linear(name, in_features=linear.in_features)
-                check = check_linear(decoded, checkpoint.packed(name, in_features=linear.in_features))
+                packed = checkpoint.packed(name, in_features=linear.in_features)
+                emulated = emulate_weight(packed)
+                check = check_linear(decoded, emulated)
+                if proof is not None:  # only now: the packed values are legal
+                    report["problems"] += proof.check_linear(name, packed, emulated, in_features=linear.in_features)
             except QoQError as error:
                 report["problems"].append(error.message)
                 continue
@@ -97,6 +126,15 @@ def _check_linears(terminal: Terminal, served: ServedModel, report: dict[str, An
                 "level1_max": check.level1_max,
                 "margin": check.margin,
             }
+
+
+def _check_attention(served: ServedModel, report: dict[str, Any], proof: KernelProof) -> None:
+    """The kernels' KV cache, in the sizes and bits of this model."""
+    skeleton, bits = served.skeleton, served.checkpoint.quantization.kv_bits
+    if bits != 16:
+        report["problems"] += proof.check_cache(
+            skeleton.num_heads, skeleton.num_kv_heads, skeleton.head_dim, bits, window=skeleton.sliding_window(0)
+        )
 
 
 def _check_kept(served: ServedModel, report: dict[str, Any]) -> None:
@@ -191,12 +229,30 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             table.add_row(prefix.rpartition(".")[2], *cells)
         console.print(table)
     if not report["problems"]:
+        if report.get("kernels"):
+            _render_kernels(console, report["kernels"])
         margin = min((check["margin"] for check in report["linears"].values()), default=None)
         room = "" if margin is None or not report["progressive"] else f", smallest margin to int8 {margin}"
         console.print(
             Text("ok", "bold green"),
             f"{report['checkpoint']}: {report['files']} files and {len(report['linears'])} quantized "
             f"linears are right{room}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _render_kernels(console: Console, kernels: dict[str, Any]) -> None:
+    console.print(
+        f"kernels on {kernels['device']}: {kernels['linears']} linears, M = "
+        f"{', '.join(map(str, kernels['rows']))}: all {kernels['compared']:,} values agree with the oracle",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for cache in kernels["caches"]:
+        console.print(
+            f"KV{cache['bits']} cache, {cache['dtype']}: bytes equal; attention differs from float64 by "
+            f"{cache['relative_error']:.1e} (at most {cache['tolerance']:.0e} is allowed)",
             highlight=False,
             soft_wrap=True,
         )
