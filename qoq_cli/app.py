@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qoq_cli import __version__
-from qoq_cli.commands import doctor, evaluate, generate, inspect, models, quantize, recipes, verify
+from qoq_cli.commands import bench, doctor, evaluate, generate, inspect, models, quantize, recipes, verify
 
 app = typer.Typer(
     name="qoq",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("recipes")(recipes.recipes)

@@ -6,19 +6,26 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qoq.recipes.errors import EnvironmentProblem, InputError, QoQError
 from qoq_cli import __version__
-from qoq_cli.progress import size
-from qoq_cli.terminal import JsonOption, Terminal, TracebackOption, guarded
+from qoq_cli.progress import duration, size
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
 
+if TYPE_CHECKING:
+    from qoq.kernels.compiler import KernelSpec
+
+_ARCHITECTURE = re.compile(r"sm_\d{2,3}[af]?")
 Status = Literal["ok", "missing", "note"]
 
 
@@ -33,14 +40,38 @@ class Finding:
 
 
 @guarded
-def doctor(as_json: JsonOption = False, traceback: TracebackOption = False) -> None:
+def doctor(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CKPT", help="With --warm: compile what this checkpoint needs.  [default: everything]"),
+    ] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Compile the CUDA kernels into the cache now, not at their first use.")
+    ] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(metavar="ARCH", help="With --warm: sm_80, sm_90, ...; needs no GPU.  [default: this GPU's]"),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    traceback: TracebackOption = False,
+) -> None:
     """Look at Python, packages, GPU, memory and network settings, and say how to mend what is missing.
 
-    Exit code 3 when something that qoq cannot do without is missing; a GPU is not needed.
-    """
-    import typer
+    With --warm, compile the kernels instead, on all cores: a server that starts afterwards need not wait for them.
 
-    findings = [_python(), *_packages(), _gpu(), *_room(), _hub(), _shadowing()]
+    Exit code 3 when something that qoq cannot do without is missing; a GPU is not needed.
+
+    Examples: `qoq doctor`; `qoq doctor --warm checkpoints/llama-3-8b-w4a8kv4-g128`; `qoq doctor --warm --arch sm_90`.
+    """
+    terminal = Terminal(as_json, quiet)
+    if warm:
+        _warm(terminal, checkpoint, arch)
+        return
+    for name, value in (("CKPT", checkpoint), ("--arch", arch)):
+        if value is not None:
+            raise InputError(f"{name} {value}: only --warm takes it", remedy="add --warm")
+    findings = [_python(), *_packages(), _gpu(), *_kernel_tools(), _kernel_cache(), *_room(), _hub(), _shadowing()]
     ok = not any(finding.status == "missing" for finding in findings)
 
     def render(console: Console) -> None:
@@ -54,9 +85,69 @@ def doctor(as_json: JsonOption = False, traceback: TracebackOption = False) -> N
             table.add_row(marks[finding.status], finding.what, finding.detail + fix)
         console.print(table)
 
-    Terminal(as_json).result({"ok": ok, "qoq": __version__, "findings": [asdict(f) for f in findings]}, render)
+    terminal.result({"ok": ok, "qoq": __version__, "findings": [asdict(f) for f in findings]}, render)
     if not ok:
         raise typer.Exit(3)
+
+
+def _warm(terminal: Terminal, checkpoint: Path | None, arch: str | None) -> None:
+    from qoq.kernels.compiler import cache_folder
+    from qoq_cli.kernel_cache import compile_with_progress
+
+    target = _target(arch)
+    specs = _specs(checkpoint, target)
+    cubins, seconds = compile_with_progress(terminal, [(spec, target) for spec in specs])
+    spilled = [cubin.path.name for cubin in cubins if cubin.resources.spill_bytes]
+    for name in spilled:
+        terminal.warn(f"{name} spills registers to memory: it is right, but slower than meant")
+    data: dict[str, Any] = {
+        "architecture": target,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "kernels": len(cubins),
+        "seconds": round(seconds, 1),
+        "spilled": spilled,
+        "cache": str(cache_folder()),
+    }
+    terminal.result(
+        data,
+        lambda console: console.print(
+            f"{len(cubins)} kernels for {target} are in {cache_folder()} ({duration(seconds)})",
+            highlight=False,
+            soft_wrap=True,
+        ),
+    )
+
+
+def _target(arch: str | None) -> str:
+    """The architecture to compile for. Raises InputError for no architecture, EnvironmentProblem without a GPU."""
+    if arch is not None:
+        if not _ARCHITECTURE.fullmatch(arch):
+            raise InputError(
+                f"--arch {arch}: not an architecture", remedy="use sm_80, sm_86, sm_89, sm_90, sm_100a, ..."
+            )
+        return arch
+    import torch
+
+    from qoq.kernels.launch import architecture
+
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "--warm compiles for the GPU of this machine, and PyTorch sees no CUDA device",
+            remedy="name the architecture to compile for: --arch sm_90 (H100), sm_89 (L40S, 4090), sm_80 (A100), ...",
+        )
+    return architecture(torch.cuda.current_device())
+
+
+def _specs(checkpoint: Path | None, target: str) -> list[KernelSpec]:
+    from qoq.kernels.warm import needed_specs
+
+    if checkpoint is None:
+        return needed_specs(target, None, None)
+    from qoq.formats.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    dtype = opened.config.get("dtype") or opened.config.get("torch_dtype")
+    return needed_specs(target, opened.quantization, str(dtype))
 
 
 def _python() -> Finding:
@@ -109,6 +200,63 @@ def _gpu() -> Finding:
         detail = "nvidia-smi is there, but PyTorch sees no GPU"
         fix = f"the driver is too old for CUDA {torch.version.cuda}, or CUDA_VISIBLE_DEVICES hides it"
     return Finding("GPU", "note", detail, fix)
+
+
+def _kernel_tools() -> list[Finding]:
+    """CuPy and NVRTC, of which only the kernels make use."""
+    try:
+        import torch
+
+        cuda = torch.version.cuda
+    except ImportError:
+        cuda = None
+    extra = f"cu{cuda.partition('.')[0]}" if cuda else "cu13"
+    install = f"pip install 'qoq[{extra}]'"
+    needed = "only the kernels need it"
+    found = {
+        name: importlib.metadata.version(name)
+        for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+        if importlib.util.find_spec("cupy") is not None and _is_installed(name)
+    }
+    if not found:
+        return [Finding("CuPy", "note", f"not installed ({needed})", install)]
+    (package, version), *_ = found.items()
+    findings = [Finding("CuPy", "ok", f"{version} ({package})")]
+    if len(found) > 1:
+        detail = f"several are installed ({', '.join(found)}), and they share one folder"
+        findings = [Finding("CuPy", "note", detail, f"pip uninstall {' '.join(found)}; {install}")]
+    elif cuda and package != "cupy" and package != f"cupy-cuda{extra[2:]}x":
+        detail = f"{version} ({package}), but PyTorch has CUDA {cuda}"
+        findings = [Finding("CuPy", "note", detail, f"pip uninstall {package}; {install}")]
+    try:
+        from qoq.kernels.compiler import nvrtc_version
+
+        compiler = ".".join(map(str, nvrtc_version()))
+        return [*findings, Finding("NVRTC", "ok", f"{compiler}: compiles the kernels at their first use")]
+    except (QoQError, ImportError) as error:
+        detail = error.message if isinstance(error, QoQError) else str(error)
+        return [*findings, Finding("NVRTC", "note", f"{detail} ({needed})".replace("\n", " "), install)]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _kernel_cache() -> Finding:
+    try:
+        from qoq.kernels.compiler import cache_folder
+    except ImportError as error:
+        return Finding("kernel cache", "note", f"not readable: {error}")
+    folder = cache_folder()
+    cubins = list(folder.glob("*.cubin")) if folder.is_dir() else []
+    if not cubins:
+        return Finding("kernel cache", "ok", f"{folder}: empty", "qoq doctor --warm fills it")
+    total = sum(path.stat().st_size for path in cubins)
+    return Finding("kernel cache", "ok", f"{folder}: {len(cubins)} kernels, {size(total)}")
 
 
 def _room() -> list[Finding]:

@@ -1,0 +1,125 @@
+"""The results of `qoq bench` as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_OURS = ("w4a8-g128", "w4a8-chn", "kv4", "kv8")
+
+
+def render(console: Console, data: dict[str, Any], *, details: bool = False) -> None:
+    """Print the tables, the summary last; `details` adds the rates of the baselines to those of our kernels."""
+    gpu, roofline, shape = data["gpu"], data["roofline"], data["shape"]
+    peaks = ", ".join(f"{rate:.0f} TOPS {kind}" for kind, rate in roofline["tops"].items())
+    console.print(
+        f"{gpu['name']} (driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}, torch {gpu['torch']})\n"
+        f"measured roofline: {roofline['read_gb_s']:.0f} GB/s, {peaks}\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if "gemm" in data:
+        _render_gemms(console, data["gemm"], details)
+    if "attention" in data:
+        _render_attention_rates(console, data["attention"], details)
+    skipped = {**data.get("gemm", {}).get("skipped", {}), **data.get("attention", {}).get("skipped", {})}
+    for what, why in skipped.items():
+        console.print(f"not measured: {what}: {why}", style="dim", highlight=False, soft_wrap=True)
+    if "gemm" in data:
+        _render_layer(console, data["gemm"], shape)
+    if "attention" in data:
+        _render_attention(console, data["attention"], shape)
+
+
+def _render_layer(console: Console, gemm: dict[str, Any], shape: dict[str, Any]) -> None:
+    times = {(row["m"], row["variant"]): row["us"] for row in gemm["layer"]}
+    title = f"Products of one {shape['name']} layer (qkv + o + gate_up + down), µs"
+    variants = _measured(gemm["variants"], times)
+    table = _table(title, "M", variants)
+    for m in dict.fromkeys(m for m, _ in times):
+        _add_row(table, str(m), m, variants, times)
+    console.print(table)
+
+
+def _render_attention(console: Console, attention: dict[str, Any], shape: dict[str, Any]) -> None:
+    times = {
+        ((row["batch"], row["length"]), row["variant"]): row["timing"]["median_us"] for row in attention["results"]
+    }
+    heads = f"{shape['num_heads']} query heads, {shape['num_kv_heads']} KV heads, D {shape['head_dim']}"
+    variants = _measured(attention["variants"], times)
+    table = _table(f"Decode attention ({heads}), µs", "sequences\nx tokens", variants)
+    for case in dict.fromkeys(case for case, _ in times):
+        _add_row(table, f"{case[0]} x {case[1]}", case, variants, times)
+    console.print(table)
+
+
+def _render_gemms(console: Console, gemm: dict[str, Any], details: bool) -> None:
+    rows = [row for row in gemm["results"] if details or row["variant"] in _OURS]
+    for name in dict.fromkeys(row["gemm"] for row in rows):
+        mine = [row for row in rows if row["gemm"] == name]
+        title = f"{name}: N = {mine[0]['n']}, K = {mine[0]['k']}"
+        console.print(_rates(title, "M", ((str(row["m"]), row) for row in mine)))
+
+
+def _render_attention_rates(console: Console, attention: dict[str, Any], details: bool) -> None:
+    rows = [row for row in attention["results"] if details or row["variant"] in _OURS]
+    if rows:
+        named = ((f"{row['batch']} x {row['length']}", row) for row in rows)
+        console.print(_rates("Rates of decode attention", "sequences\nx tokens", named))
+
+
+def _rates(title: str, first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Table:
+    """One line a case and variant; the spread is the 10th to the 90th percentile."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, justify="right")
+    table.add_column("variant")
+    for heading in ("µs", "spread", "TOPS", "GB/s", "roof"):
+        table.add_column(heading, justify="right")
+    previous = ""
+    for case, row in rows:
+        timing, rates = row["timing"], row["rates"]
+        backend = f" {row['backend']}" if row.get("backend") else ""
+        table.add_row(
+            "" if case == previous else case,
+            row["variant"] + backend,
+            _us(timing["median_us"]),
+            f"{_us(timing['low_us'])}..{_us(timing['high_us'])}",
+            f"{rates['tops']:.4g}" if rates["tops"] < 1000 else f"{rates['tops']:.0f}",
+            f"{rates['gb_s']:.0f}",
+            f"{rates['roof_percent']:.0f} %",
+        )
+        previous = case
+    return table
+
+
+def _table(title: str, first: str, variants: list[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, justify="right")
+    for variant in variants:
+        heading = variant.replace("-", "\n")  # eight columns of times fit 80 characters
+        table.add_column(heading, justify="right", style="bold" if variant in _OURS else "")
+    return table
+
+
+def _add_row(table: Table, label: str, case: object, variants: list[str], times: dict[Any, float]) -> None:
+    """One row of times; the smallest is green."""
+    found = {variant: times[case, variant] for variant in variants if (case, variant) in times}
+    best = min(found.values())
+    cells = [
+        Text("-") if (us := found.get(variant)) is None else Text(_us(us), style="green" if us == best else "")
+        for variant in variants
+    ]
+    table.add_row(label, *cells)
+
+
+def _measured(variants: list[str], times: dict[Any, float]) -> list[str]:
+    seen = {variant for _, variant in times}
+    return [variant for variant in variants if variant in seen]
+
+
+def _us(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"

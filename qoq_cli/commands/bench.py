@@ -1,0 +1,294 @@
+"""`qoq bench`: what the kernels gain in speed, measured on this GPU beside what a user would use instead."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qoq.recipes.errors import EnvironmentProblem, InputError
+from qoq.recipes.shapes import ModelShape, find_shape, model_shapes
+from qoq_cli.progress import progress
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, TrustOption, guarded
+
+if TYPE_CHECKING:
+    from qoq.kernels.roofline import Roofline
+
+_DEFAULT_SHAPE = "llama-3-8b"
+_PARTS = ("gemm", "attention")
+_LATER = {"e2e": "whole-model throughput is not measured yet"}
+_AGAINST = {
+    "fp16": ("fp16",),
+    "bf16": ("bf16",),
+    "int8": ("int8",),
+    "fp8": ("fp8", "fp8-row"),
+    "w8a8": ("w8a8",),
+    "sdpa": ("sdpa-fp16", "sdpa-bf16"),
+}
+_ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+_SEQUENCES = (1, 16, 64, 128)
+_MAX_ROWS, _MAX_SEQUENCES, _MAX_LENGTH = 65536, 4096, 1 << 20
+
+
+@guarded
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint or a model whose sizes are taken, or a known name.  [default: llama-3-8b]",
+        ),
+    ] = None,
+    what: Annotated[str, typer.Option(metavar="LIST", help="gemm, attention, or both.")] = ",".join(_PARTS),
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens in a product (M); with --prompt-len, sequences of attention.  [default: 1, 8, 16, 32, 64, "
+            "128, 256, 1024, 4096; sequences 1, 16, 64, 128]",
+        ),
+    ] = None,
+    prompt_len: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens in the cache of each sequence.  [default: 64 x 1024, 128 x 1536, 128 x 4096, 1 x 8192, "
+            "8 x 32768]",
+        ),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(metavar="LIST", help="Baselines: fp16, bf16, int8, fp8, w8a8, sdpa; or none.")
+    ] = ",".join(_AGAINST),
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Refuse to run on another GPU than this: h100, l40s, ...")
+    ] = None,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Measurements of each variant, in turns.")] = 20,
+    seed: Annotated[int, typer.Option(metavar="N", help="Draws weights, inputs and caches.")] = 0,
+    details: Annotated[
+        bool, typer.Option("--details", help="Print rates of the baselines too, not just ours.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the results into FILE, .svg or .png.")] = None,
+    device: Annotated[str, typer.Option(metavar="DEV", help="cuda, cuda:1, ...")] = "cuda",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Time the kernels on the GPU of this machine, side by side with PyTorch's.
+
+    The products of one decoder layer (qkv, o, gate_up, down), and one decode step of attention over a paged KV4 or KV8
+    cache. Random data in MODEL's sizes; no weights are read. Calls run from CUDA graphs over more data than the L2
+    cache holds; variants take turns. Times are medians; percentages are of the roofline measured in the same run.
+
+    Examples: `qoq bench`; `qoq bench llama-2-7b --what gemm --batch 1,16,64 --against fp16`;
+    `qoq bench --what attention --batch 32 --prompt-len 2048 --json`.
+    """
+    terminal = Terminal(as_json, quiet)
+    plan = _Plan(what, batch, prompt_len, against, repeat)
+    if plot is not None:
+        from qoq_cli.bench_plot import check_plot
+
+        check_plot(plot)
+    shape = _shape(terminal, model, trust_remote_code)
+    data = _run(terminal, plan, shape, _open_gpu(device, gpu), seed)
+
+    from qoq_cli.bench_tables import render
+
+    terminal.result(data, lambda console: render(console, data, details=details))
+    if plot is not None:
+        from qoq_cli.bench_plot import draw
+
+        draw(data, plot)
+        terminal.note(f"drawn into {plot}")
+
+
+class _Plan:
+    """The options, checked. Raises InputError that names the option."""
+
+    def __init__(self, what: str, batch: str | None, prompt_len: str | None, against: str, repeat: int) -> None:
+        if repeat < 1:
+            raise InputError(f"--repeat {repeat}: too small", remedy="pass at least 1")
+        self.repeat = repeat
+        parts = _split("--what", what)
+        for part in parts:
+            if part in _LATER:
+                raise InputError(f"--what {part}: {_LATER[part]}", remedy="leave it out")
+        if parts == ["all"]:
+            parts = list(_PARTS)
+        self.parts = _choose("--what", parts, _PARTS)
+        baselines = [] if against == "none" else _choose("--against", _split("--against", against), tuple(_AGAINST))
+        variants = [variant for name in baselines for variant in _AGAINST[name]]
+        self.gemm_variants = ["w4a8-g128", "w4a8-chn", *(v for v in variants if not v.startswith("sdpa"))]
+        self.attention_variants = ["kv4", "kv8", *(v for v in variants if v.startswith("sdpa"))]
+        self.rows = list(_ROWS) if batch is None else _numbers("--batch", batch, _MAX_ROWS)
+        self.cases: list[tuple[int, int]] | None = None
+        if prompt_len is not None:
+            lengths = _numbers("--prompt-len", prompt_len, _MAX_LENGTH)
+            sequences = _SEQUENCES if batch is None else [rows for rows in self.rows if rows <= _MAX_SEQUENCES]
+            self.cases = [(rows, length) for length in lengths for rows in sequences]
+
+
+def _split(option: str, text: str) -> list[str]:
+    words = [word.strip().lower() for word in text.split(",")]
+    if not all(words):
+        raise InputError(f"{option} {text!r}: an empty entry", remedy="separate the entries by single commas: a,b,c")
+    return list(dict.fromkeys(words))
+
+
+def _choose(option: str, words: list[str], known: tuple[str, ...]) -> list[str]:
+    for word in words:
+        if word not in known:
+            raise InputError(f"{option} {word}: not known", remedy=f"use some of {', '.join(known)}")
+    return words
+
+
+def _numbers(option: str, text: str, largest: int) -> list[int]:
+    numbers = []
+    for word in _split(option, text):
+        if not word.isdecimal() or not 1 <= int(word) <= largest:
+            raise InputError(f"{option} {word}: expected whole numbers from 1 to {largest}", remedy="such as 1,16,64")
+        numbers.append(int(word))
+    return numbers
+
+
+def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> ModelShape:
+    """Sizes of a known name without a download; of any other model from its configuration."""
+    if model is None:
+        terminal.note(f"sizes of {_DEFAULT_SHAPE}; name another model to take its sizes")
+        return find_shape(_DEFAULT_SHAPE)
+    if model.lower() in model_shapes() and not Path(model).exists():
+        return find_shape(model)
+    from qoq.calib.skeleton import build_skeleton, load_config
+    from qoq_cli.model_location import resolve_model
+
+    location = resolve_model(model, with_code=trust_remote_code, note=terminal.note)
+    config = load_config(location.path, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(config, where=str(location.path))
+    return ModelShape(
+        name=location.name,
+        hidden_size=skeleton.hidden_size,
+        intermediate_size=int(config.intermediate_size),
+        num_heads=skeleton.num_heads,
+        num_kv_heads=skeleton.num_kv_heads,
+        head_dim=skeleton.head_dim,
+        num_layers=skeleton.num_blocks,
+    )
+
+
+def _open_gpu(device: str, wanted: str | None) -> int:
+    """Index of the CUDA device. Raises InputError for a GPU that is not this one, EnvironmentProblem without one."""
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: not a device", remedy="use cuda, cuda:1, ...") from error
+    if chosen.type != "cuda":
+        raise InputError(f"--device {device}: the kernels run on CUDA devices only", remedy="use cuda, cuda:1, ...")
+    if torch.cuda.is_available():
+        from qoq.calib.job import check_device
+
+        check_device(device)
+        given: int | None = chosen.index
+        index = torch.cuda.current_device() if given is None else given
+        present = torch.cuda.get_device_name(index)
+    else:
+        index, present = -1, "none"
+    if wanted is not None and _plain(wanted) not in _plain(present):
+        raise InputError(
+            f"--gpu {wanted}: this machine's GPU is {present}, and figures of other GPUs cannot be projected yet",
+            remedy="leave --gpu out to measure this machine, or run qoq bench on that GPU",
+        )
+    if index < 0:
+        raise EnvironmentProblem(
+            "qoq bench measures a GPU, and PyTorch sees no CUDA device", remedy="`qoq doctor` says what is missing"
+        )
+    torch.cuda.set_device(index)
+    return index
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _run(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int, seed: int) -> dict[str, Any]:
+    from qoq.kernels.gpu_facts import read_facts, read_state
+    from qoq.kernels.roofline import measure_roofline
+
+    _compile(terminal, plan, shape, index)
+    before = read_state(index)
+    with progress(terminal, "roofline") as update:
+        roofline = measure_roofline(on_step=lambda message: update(0, 1, message))
+    data: dict[str, Any] = {
+        "command": shlex.join(["qoq", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpu": asdict(read_facts(index)),
+        "seed": seed,
+        "repeat": plan.repeat,
+        "shape": asdict(shape),
+        "roofline": asdict(roofline),
+    }
+    if "gemm" in plan.parts:
+        data["gemm"] = _gemms(terminal, plan, shape, roofline, seed)
+    if "attention" in plan.parts:
+        data["attention"] = _attention(terminal, plan, shape, roofline, seed)
+    data["state"] = {"before": asdict(before), "after": asdict(read_state(index))}
+    return data
+
+
+def _gemms(terminal: Terminal, plan: _Plan, shape: ModelShape, roofline: Roofline, seed: int) -> dict[str, Any]:
+    from qoq.kernels.bench import bench_gemms
+
+    gemms = shape.layer_gemms()
+    with progress(terminal, "products") as update:
+        report = bench_gemms(
+            gemms, plan.rows, plan.gemm_variants, roofline, repeat=plan.repeat, seed=seed, on_step=update
+        )
+    layers = [
+        {"m": m, "variant": variant, "us": report.layer_us(m, variant, gemms)}
+        for m in plan.rows
+        for variant in plan.gemm_variants
+    ]
+    return {
+        "variants": plan.gemm_variants,
+        "layer": [layer for layer in layers if layer["us"] is not None],
+        **asdict(report),
+    }
+
+
+def _attention(terminal: Terminal, plan: _Plan, shape: ModelShape, roofline: Roofline, seed: int) -> dict[str, Any]:
+    from qoq.kernels.bench_attention import DEFAULT_CASES, bench_attention
+
+    with progress(terminal, "attention") as update:
+        report = bench_attention(
+            shape,
+            plan.cases or DEFAULT_CASES,
+            plan.attention_variants,
+            roofline,
+            repeat=plan.repeat,
+            seed=seed,
+            on_step=update,
+        )
+    return {"variants": plan.attention_variants, **asdict(report)}
+
+
+def _compile(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int) -> None:
+    """Compile what will be launched, in parallel, so that the first measurement need not wait."""
+    from qoq.kernels.bench import gemm_kernels
+    from qoq.kernels.launch import architecture
+    from qoq_cli.kernel_cache import compile_with_progress
+
+    arch = architecture(index)
+    specs = []
+    if "gemm" in plan.parts:
+        specs += gemm_kernels(shape.layer_gemms(), plan.rows, plan.gemm_variants, arch)
+    if "attention" in plan.parts:
+        from qoq.kernels import attention, kv_cache
+
+        specs += [*kv_cache.specs(arch), *attention.specs(arch)]
+    compile_with_progress(terminal, [(spec, arch) for spec in specs])
