@@ -7,9 +7,9 @@ SHELL := bash
 VENV        ?= .venv
 BIN         := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
-EXTRAS      ?= dev
-# The CUDA extra that `make test-gpu` installs: cu13 or cu12, as torch was built.
+# The CUDA extra, cu13 or cu12 as torch was built. It installs without a GPU too, and compiles the kernels there.
 CUDA        ?= cu13
+EXTRAS      ?= dev,$(CUDA)
 # More arguments for pytest: make test ARGS="-k packing -x"
 ARGS        ?=
 
@@ -28,8 +28,8 @@ help: ## list the targets
 # ---- environment
 
 PYTHONS   := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
-STAMP     := $(VENV)/.setup-$(EXTRAS)
-GPU_STAMP := $(VENV)/.setup-$(EXTRAS)-$(CUDA)
+comma     := ,
+STAMP     := $(VENV)/.setup-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: setup
 setup: $(STAMP) ## make .venv with the pinned packages (PYTHON=python3.12 picks the interpreter)
@@ -47,10 +47,6 @@ $(BIN)/pip:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
-	@touch $@
-
-$(GPU_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS),$(CUDA)]'
 	@touch $@
 
 # ---- the main job
@@ -82,13 +78,29 @@ test-slow: setup ## the slow tests: wheel installation, whole runs
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 .PHONY: test-gpu
-test-gpu: $(GPU_STAMP) ## tests that need a GPU; fails when every one was skipped
+test-gpu: setup ## tests that need a GPU; fails when every one was skipped
 	@mkdir -p build
 	$(PYTEST) -m gpu -rs --junitxml=build/test-gpu.xml $(ARGS)
 	@$(BIN)/python -c 'import sys; from xml.etree import ElementTree; \
 	suite = ElementTree.parse("build/test-gpu.xml").find("testsuite").attrib; \
 	ran = int(suite["tests"]) - int(suite["skipped"]); \
 	sys.exit(None if ran else "test-gpu: every GPU test was skipped; `qoq doctor` says what is missing")'
+
+.PHONY: kernels
+kernels: setup ## compile every kernel for every architecture; prints registers, fails on spills (no GPU; some minutes)
+	$(BIN)/python tests/compile_kernels.py
+
+.PHONY: sanitize
+sanitize: setup ## the small GPU tests under compute-sanitizer: memcheck, synccheck, racecheck
+	for tool in memcheck synccheck racecheck; do \
+	  echo "compute-sanitizer $$tool"; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-regex kns=qoq \
+	    $(BIN)/python -m pytest -m gpu -k small -x -q -p no:cacheprovider tests/kernels/gpu; \
+	done
+
+.PHONY: tune
+tune: setup ## measure the GEMM's tiles on this GPU and write the best into kernels/tables/gemm.json
+	$(BIN)/python benchmarks/tune_gemm.py --write
 
 # ---- checks
 

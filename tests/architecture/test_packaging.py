@@ -134,7 +134,7 @@ def test_continuous_integration_only_calls_make() -> None:
     assert steps
     script = (ROOT / ".ci/run").read_text().splitlines()
     commands = [line for line in script if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ["exec make check test"]
+    assert commands == ["exec make check test kernels"]
     targets = set(re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in [*steps, *(line.removeprefix("exec ") for line in commands)]:
         make, *words = command.split()
@@ -145,4 +145,16 @@ def test_continuous_integration_only_calls_make() -> None:
 def test_make_without_a_target_lists_the_targets() -> None:
     listing = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     listed = {line.split()[0] for line in listing.splitlines() if line.strip()}
-    assert {"help", "setup", "demo", "test", "test-slow", "test-gpu", "check", "fmt", "wheel", "clean"} <= listed
+    assert {
+        "help",
+        "setup",
+        "demo",
+        "test",
+        "test-slow",
+        "test-gpu",
+        "kernels",
+        "check",
+        "fmt",
+        "wheel",
+        "clean",
+    } <= listed

@@ -1,0 +1,41 @@
+"""Compile every instantiation that dispatch can ask for, for every architecture, and say what each takes of a thread.
+
+    python tests/compile_kernels.py [sm_90 ...]
+
+Needs no GPU. Exits with 1 when a kernel does not compile or spills registers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from qoq.kernels.compiler import compile_all
+from qoq.kernels.dispatch import ARCHITECTURES, all_specs
+from qoq.recipes.errors import QoQError
+
+
+def main() -> int:
+    architectures = sys.argv[1:] or list(ARCHITECTURES)
+    spilling, total, started = [], 0, time.perf_counter()
+    for architecture in architectures:
+        specs = dict(all_specs(architecture))
+        cubins = compile_all((spec, architecture) for spec in specs)
+        for (spec, _), cubin in cubins.items():
+            used = cubin.resources
+            line = f"{architecture:8} {used.registers:3} registers {used.spill_bytes:4} B spilled  {spec.label}"
+            print(line)
+            if used.spill_bytes:
+                spilling.append(line)
+        total += len(cubins)
+    print(f"{total} kernels for {', '.join(architectures)} in {time.perf_counter() - started:.0f} s")
+    if spilling:
+        print("kernels that spill:", *spilling, sep="\n  ", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except QoQError as error:
+        sys.exit(f"error: {error}")
