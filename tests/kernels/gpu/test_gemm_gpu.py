@@ -57,7 +57,8 @@ class Case:
         self._decoded = decoded
 
     def acc(self) -> Tensor:
-        return (self.codes.double() @ self.level1.double().t()).to(torch.int32)  # exact below 2**53
+        exact = self.codes.cuda().double() @ self.level1.cuda().double().t()  # below 2**53, in whatever order
+        return exact.to(torch.int32).cpu()
 
     def out(self, dtype: torch.dtype) -> Tensor:
         """As `linear_forward`, but from the given codes and scales."""
