@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qoq.formats.arithmetic import kv_round_trip
 from qoq.formats.quantization_config import QUANT_METHOD, QuantizationConfig
+from qoq.kernels.kv_cache import round_trip_fits
 from qoq.kernels.modules import Backend, QoQLinear, is_on_gpu
 from qoq.recipes.errors import EnvironmentProblem, InputError, raise_problems
 from qoq.recipes.families import family_of
@@ -317,7 +318,7 @@ def _attention(bits: Literal[4, 8]) -> Callable[..., tuple[Tensor, Tensor | None
 
 def _round_trip(x: Tensor, bits: Literal[4, 8], backend: Backend) -> Tensor:
     """x [..., D] as a cache gives it back; the kernel and PyTorch give the same numbers."""
-    fits = is_on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16)
+    fits = is_on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16) and round_trip_fits(x.shape[-1])
     if backend == "reference" or not fits or not _kernels_are_usable():
         return kv_round_trip(x, bits)
     rounded: Tensor = torch.ops.qoq.kv_round_trip(x.contiguous(), bits)

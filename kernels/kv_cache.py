@@ -270,6 +270,11 @@ def _check_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, positions:
         _check_memory(name, table, key.device)
 
 
+def round_trip_fits(head_dim: int) -> bool:
+    """Whether `kv_round_trip` takes heads of this size."""
+    return head_dim % _VECTOR == 0 and 0 < head_dim <= MAX_ROUND_TRIP_DIM
+
+
 def check_round_trip(x: Tensor, bits: int) -> None:
     """Raise ValueError for operands of `kv_round_trip` that the kernel cannot take."""
     if bits not in KV_BITS:
@@ -277,7 +282,7 @@ def check_round_trip(x: Tensor, bits: int) -> None:
     if x.dtype not in _FORMATS or x.ndim == 0:
         raise ValueError(f"x: expected torch.float16 or torch.bfloat16 [..., D], got {x.dtype} {list(x.shape)}")
     head_dim = x.shape[-1]
-    if head_dim % _VECTOR or not 0 < head_dim <= MAX_ROUND_TRIP_DIM:
+    if not round_trip_fits(head_dim):
         raise ValueError(f"x: D is {head_dim}, expected a multiple of {_VECTOR} up to {MAX_ROUND_TRIP_DIM}")
     _check_memory("x", x, x.device)
     _check_count("heads", x.numel() // head_dim)
