@@ -2,8 +2,9 @@
 
     python benchmarks/tune_gemm.py --write
 
-Each candidate is checked against exact sums first. Calls rotate over more weights than the L2 holds, in a CUDA graph
-without programmatic launch; candidates are interleaved over the rounds, since heat moves the clock.
+Results are not compared here: that every tile is exact is for `make test-gpu` to say. Calls rotate over more weights
+than the L2 holds, in a CUDA graph without programmatic launch; candidates are interleaved over the rounds, since heat
+moves the clock.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qoq.kernels.compiler import compile_all
-from qoq.kernels.dispatch import _TABLE, OUT_FORMATS, GemmChoice, GemmTile, WeightFormat, _gemm_table
+from qoq.kernels.dispatch import GEMM_TABLE, OUT_FORMATS, GemmChoice, WeightFormat, gemm_table, gemm_tile
 from qoq.kernels.gemm import run_gemm
 from qoq.kernels.launch import architecture
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS = [1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096]
+TOKENS: dict[WeightFormat, list[int]] = {
+    "g128": [1, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096],
+    "per_channel": [1, 16, 32, 64, 128, 256, 1024, 4096],
+    "int8": [16, 64, 128, 256, 1024, 4096],
+}
+"""Values of M that are measured; each row serves up to its own, the last one any."""
 ROTATED_BYTES = 256 << 20
 
 
@@ -97,22 +104,22 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int
 def without_spills(arch: str, formats: list[WeightFormat]) -> dict[WeightFormat, set[str]]:
     """Tiles whose kernels, for every output, fit the registers."""
     jobs = {
-        (GemmTile(**arguments).spec(arch, weights, out), arch): (weights, name)
-        for name, arguments in _gemm_table()["tiles"].items()
+        (gemm_tile(name).spec(arch, weights, out), arch): (weights, name)
+        for name in gemm_table()["tiles"]
         for weights in formats
         for out in OUT_FORMATS
     }
     cubins = compile_all(jobs)
     spilling = {jobs[job] for job, cubin in cubins.items() if cubin.resources.spill_bytes}
-    return {w: {name for name in _gemm_table()["tiles"] if (w, name) not in spilling} for w in formats}
+    return {w: {name for name in gemm_table()["tiles"] if (w, name) not in spilling} for w in formats}
 
 
 def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
     """Tiles for M tokens: none that is mostly empty, none that would take very many passes over the weights."""
     found = {}
     for name in sorted(names):
-        tile = GemmTile(**_gemm_table()["tiles"][name])
-        if (tile.block_m > 16 and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 128):
+        tile = gemm_tile(name)
+        if (tile.block_m > 16 and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 64):
             continue
         for stream in (True, False):
             if stream and m > 2048:
@@ -121,22 +128,29 @@ def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
     return found
 
 
+def as_text(table: dict[str, Any]) -> str:
+    """The table as JSON, a tile or a row on each line."""
+    tiles = [f"  {json.dumps(name)}: {json.dumps(arguments)}" for name, arguments in table["tiles"].items()]
+    rows = [f"  {json.dumps(row)}" for row in table["measured"]]
+    return "\n".join(["{", ' "tiles": {', ",\n".join(tiles), " },", ' "measured": [', ",\n".join(rows), " ]", "}", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the best into kernels/tables/gemm.json")
     parser.add_argument("--log", type=Path, help="all measurements as JSON")
     parser.add_argument("--weights", default="g128,per_channel,int8")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--seconds", type=float, default=300, help="stop measuring after this long")
+    parser.add_argument("--tokens", help="values of M for every format, instead of those it has")
+    parser.add_argument("--seconds", type=float, default=600, help="stop measuring after this long")
     arguments = parser.parse_args()
     arch = architecture(torch.cuda.current_device())
     formats: list[WeightFormat] = arguments.weights.split(",")
-    tokens = [int(m) for m in arguments.tokens.split(",")]
     started = time.perf_counter()
     usable = without_spills(arch, formats)
     print(f"compiled in {time.perf_counter() - started:.1f} s; tiles without spills: {usable}", flush=True)
     started, log, rows = time.perf_counter(), [], []
     for weights in formats:
+        tokens = [int(m) for m in arguments.tokens.split(",")] if arguments.tokens else TOKENS[weights]
         for shape, (n, k) in SHAPES.items():
             problem = Problem(weights, n, k, max(tokens))
             for m in tokens:
@@ -171,9 +185,9 @@ def main() -> None:
     if arguments.log:
         arguments.log.write_text(json.dumps(log, indent=1))
     if arguments.write:
-        table = _gemm_table()
+        table = gemm_table()
         others = [r for r in table["measured"] if not (r["architecture"] == arch and r["weights"] in formats)]
-        _TABLE.write_text(json.dumps({**table, "measured": others + rows}, indent=1) + "\n")
+        GEMM_TABLE.write_text(as_text({**table, "measured": others + rows}))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _FEW_STAGES = 3
 _STAGE_ALIGNMENT = 128
 _STATIC_SHARED_BYTES = 128
 _MEASURED_FIRST = "sm_90"
-_TABLE = Path(__file__).resolve().parent / "tables" / "gemm.json"
+GEMM_TABLE = Path(__file__).resolve().parent / "tables" / "gemm.json"
 
 
 def shared_bytes_of_sm(architecture: str) -> int:
@@ -85,22 +85,27 @@ class GemmTile:
 
     def spec(self, architecture: str, weights: WeightFormat, out: OutFormat) -> KernelSpec:
         """The instantiation for `architecture`."""
-        blocks, stages = self.resident(architecture, weights)
-        defines = {
-            "WEIGHT_FORMAT": WEIGHT_FORMATS.index(weights),
-            "OUT_FORMAT": OUT_FORMATS.index(out),
-            "BLOCK_N": self.block_n,
-            "BLOCK_M": self.block_m,
-            "WARPS_N": self.warps_n,
-            "WARPS_M": self.warps_m,
-            "STAGES": stages,
-            "BLOCKS_PER_SM": blocks,
-            "GROUPS": self.groups,
-            "WARPS_K": self.warps_k,
-        }
-        threads = 32 * self.warps_n * self.warps_m * self.warps_k
-        shared = stages * self.stage_bytes(weights) + self.partial_bytes
-        return KernelSpec("sm80/gemm.cu", "qoq_gemm_sm80", tuple(defines.items()), threads, shared)
+        return _gemm_spec(self, architecture, weights, out)
+
+
+@cache
+def _gemm_spec(tile: GemmTile, architecture: str, weights: WeightFormat, out: OutFormat) -> KernelSpec:
+    blocks, stages = tile.resident(architecture, weights)
+    defines = {
+        "WEIGHT_FORMAT": WEIGHT_FORMATS.index(weights),
+        "OUT_FORMAT": OUT_FORMATS.index(out),
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "WARPS_N": tile.warps_n,
+        "WARPS_M": tile.warps_m,
+        "STAGES": stages,
+        "BLOCKS_PER_SM": blocks,
+        "GROUPS": tile.groups,
+        "WARPS_K": tile.warps_k,
+    }
+    threads = 32 * tile.warps_n * tile.warps_m * tile.warps_k
+    shared = stages * tile.stage_bytes(weights) + tile.partial_bytes
+    return KernelSpec("sm80/gemm.cu", "qoq_gemm_sm80", tuple(defines.items()), threads, shared)
 
 
 @dataclass(frozen=True)
@@ -133,14 +138,40 @@ class GemmChoice:
 
 def choose_gemm(architecture: str, weights: WeightFormat, m: int, n: int, k: int) -> GemmChoice:
     """The kernel for out [M, N] with K inputs (padded) on `architecture`."""
+    return next(choice for limit, choice in _choices(architecture, weights, n, k) if m <= limit)
+
+
+def covering_tokens(architecture: str, weights: WeightFormat, n: int, k: int) -> tuple[int, ...]:
+    """Values of M that together make `choose_gemm` give every kernel it can for weights [N, K]: the least for each."""
+    limits = [limit for limit, _ in _choices(architecture, weights, n, k)]
+    return (1, *(int(limit) + 1 for limit in limits[:-1]))
+
+
+@cache
+def _choices(architecture: str, weights: WeightFormat, n: int, k: int) -> list[tuple[float, GemmChoice]]:
+    """The largest M of each row of the nearest measured shape, in order, and what runs up to it."""
     source, measured = _rows(architecture, weights)
     shapes = sorted({(row["n"], row["k"]) for row in measured})
     nearest = min(shapes, key=lambda shape: _distance(shape, (n, k)))
-    rows = [row for row in measured if (row["n"], row["k"]) == nearest]
     where = f"measured on {source} for [{nearest[0]}, {nearest[1]}]"
-    rows.sort(key=lambda row: float(row["max_m"] or math.inf))
-    row = next(row for row in rows if row["max_m"] is None or m <= row["max_m"])
-    return GemmChoice(_tile(row["tile"]), row["stream"], f"{where}, M <= {row['max_m'] or 'any'}: {row['tile']}")
+    choices = []
+    for row in measured:
+        if (row["n"], row["k"]) == nearest:
+            reason = f"{where}, M <= {row['max_m'] or 'any'}: {row['tile']}"
+            choices.append((row["max_m"] or math.inf, GemmChoice(gemm_tile(row["tile"]), row["stream"], reason)))
+    return sorted(choices, key=lambda choice: choice[0])
+
+
+@cache
+def gemm_table() -> dict[str, Any]:
+    """GEMM_TABLE: "tiles", arguments of `GemmTile` by name, and "measured", the rows."""
+    table: dict[str, Any] = json.loads(GEMM_TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def gemm_tile(name: str) -> GemmTile:
+    """The tile that rows of the table call `name`."""
+    return GemmTile(**gemm_table()["tiles"][name])
 
 
 def gemm_specs(architecture: str) -> list[tuple[KernelSpec, str]]:
@@ -149,7 +180,7 @@ def gemm_specs(architecture: str) -> list[tuple[KernelSpec, str]]:
     for weights in WEIGHT_FORMATS:
         for name in sorted({row["tile"] for row in _rows(architecture, weights)[1]}):
             for out in OUT_FORMATS:
-                found[_tile(name).spec(architecture, weights, out)] = f"GEMM {weights} to {out}, tile {name}"
+                found[gemm_tile(name).spec(architecture, weights, out)] = f"GEMM {weights} to {out}, tile {name}"
     return list(found.items())
 
 
@@ -170,16 +201,6 @@ def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
 
 def _rows(architecture: str, weights: WeightFormat) -> tuple[str, list[dict[str, Any]]]:
     """The rows for `architecture`, and the architecture that they were measured on."""
-    rows = [row for row in _gemm_table()["measured"] if row["weights"] == weights]
+    rows = [row for row in gemm_table()["measured"] if row["weights"] == weights]
     source = architecture if any(row["architecture"] == architecture for row in rows) else _MEASURED_FIRST
     return source, [row for row in rows if row["architecture"] == source]
-
-
-def _tile(name: str) -> GemmTile:
-    return GemmTile(**_gemm_table()["tiles"][name])
-
-
-@cache
-def _gemm_table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))
-    return table

@@ -26,10 +26,11 @@ _MAX_K = 65536
 """255 * 127 * K stays within int32."""
 _MAX_OPERAND_BYTES = 1 << 32
 """The kernel's offsets within an operand have 32 bits."""
-_COUNTERS = 4096
+_COUNTERS_PER_SM = 2 * 32
+"""Two for each block that an SM can hold (CUDA programming guide, "Technical Specifications")."""
 _CAPTURED = -1
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 @torch.library.custom_op("qoq::w4a8_gemm", mutates_args=(), device_types="cuda")
@@ -54,12 +55,13 @@ def w4a8_gemm(
     Raises ValueError when a tensor's shape, dtype, device or layout is another.
     """
     n, k = _packed_shape(act_codes, qweight)
-    weights = _check_scales(s2_scales, s2_zeros, s1_szeros, n, k)
-    _check("act_scales", act_scales, torch.float32, (act_codes.shape[0],))
-    _check("act_sums", act_sums, torch.int32, (act_codes.shape[0],))
-    _check("s1_scales", s1_scales, torch.float16, (n,))
+    m, device = act_codes.shape[0], act_codes.device
+    weights = _check_scales(s2_scales, s2_zeros, s1_szeros, n, k, device)
+    _check("act_scales", act_scales, torch.float32, (m,), device)
+    _check("act_sums", act_sums, torch.int32, (m,), device)
+    _check("s1_scales", s1_scales, torch.float16, (n,), device)
     if bias is not None:
-        _check("bias", bias, torch.float16, (n,))
+        _check("bias", bias, torch.float16, (n,), device)
     _check_out(out_dtype)
     return run_gemm(
         weights, act_codes, act_scales, act_sums, qweight, s1_scales, s2_scales, s2_zeros, s1_szeros, bias, n, out_dtype
@@ -72,10 +74,10 @@ def w4a8_gemm_int32(
 ) -> Tensor:
     """Sums int32 [M, N]: act_codes times level-1 weights (with s2), or times raw codes 0..15 (without)."""
     n, k = _packed_shape(act_codes, qweight)
-    _check("act_sums", act_sums, torch.int32, (act_codes.shape[0],))
+    _check("act_sums", act_sums, torch.int32, (act_codes.shape[0],), act_codes.device)
     weights: WeightFormat = "per_channel"
     if s2_scales is not None or s2_zeros is not None:
-        weights = _check_scales(s2_scales, s2_zeros, None, n, k)
+        weights = _check_scales(s2_scales, s2_zeros, None, n, k, act_codes.device)
     return run_gemm(weights, act_codes, None, act_sums, qweight, None, s2_scales, s2_zeros, None, None, n, torch.int32)
 
 
@@ -90,10 +92,11 @@ def w8a8_gemm(
 ) -> Tensor:
     """y [M, N] = s1_scales * act_scales * (act_codes @ weight.T) (+ bias): int8 [M, K], int8 [N, K], K % 128 == 0."""
     n = _int8_shape(act_codes, weight)
-    _check("act_scales", act_scales, torch.float32, (act_codes.shape[0],))
-    _check("s1_scales", s1_scales, torch.float16, (n,))
+    device = act_codes.device
+    _check("act_scales", act_scales, torch.float32, (act_codes.shape[0],), device)
+    _check("s1_scales", s1_scales, torch.float16, (n,), device)
     if bias is not None:
-        _check("bias", bias, torch.float16, (n,))
+        _check("bias", bias, torch.float16, (n,), device)
     _check_out(out_dtype)
     return run_gemm("int8", act_codes, act_scales, None, weight, s1_scales, None, None, None, bias, n, out_dtype)
 
@@ -143,8 +146,8 @@ def run_gemm(
     choice = choice or choose_gemm(arch, weights, m, n, k)
     kernel = load_kernel(choice.tile.spec(arch, weights, _OUT_FORMATS[out_dtype]), device)
     share = choice.share(arch, weights, m, n, k, num_sms(device))
-    workspace = _workspace(device)
     with torch.cuda.device(device):
+        counters, sums = _workspace(device)
         kernel.launch(
             (share.blocks, 1, 1),
             (
@@ -158,8 +161,8 @@ def run_gemm(
                 s1_szeros,
                 bias,
                 out,
-                workspace[_COUNTERS:],
-                workspace[:_COUNTERS],
+                sums,
+                counters,
                 m,
                 n,
                 k,
@@ -171,11 +174,11 @@ def run_gemm(
     return out
 
 
-def _workspace(device: int) -> Tensor:
+def _workspace(device: int) -> tuple[Tensor, Tensor]:
     """Counters and sums of tiles that blocks share, zero between launches: one a stream, so that streams do not mix.
 
-    All captured graphs of a device share one, made by the first call outside a capture: do not replay two of them at
-    the same time.
+    `device` is the current one. All captured graphs of a device share one, made by the first call outside a capture: do
+    not replay two of them at the same time, nor capture calls on branches that run side by side.
     """
     captured = (device, _CAPTURED)
     if torch.cuda.is_current_stream_capturing():
@@ -184,50 +187,53 @@ def _workspace(device: int) -> Tensor:
         return _workspaces[captured]
     for key in (captured, (device, torch.cuda.current_stream(device).cuda_stream)):
         if key not in _workspaces:
-            size = _COUNTERS + num_sms(device) * WORKSPACE_SUMS_PER_SM
-            _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
+            sizes = [num_sms(device) * each for each in (_COUNTERS_PER_SM, WORKSPACE_SUMS_PER_SM)]
+            counters, sums = torch.zeros(sum(sizes), dtype=torch.int32, device=f"cuda:{device}").split(sizes)
+            _workspaces[key] = counters, sums
     return _workspaces[key]
 
 
 def _packed_shape(act_codes: Tensor, qweight: Tensor) -> tuple[int, int]:
-    n, k = qweight.shape[0], 2 * qweight.shape[1]
-    _check("act_codes", act_codes, torch.int8, (act_codes.shape[0], k))
-    _check("qweight", qweight, torch.int8, (n, k // 2))
-    if n % 32:
-        raise ValueError(f"qweight: N is {n}, expected a multiple of 32")
-    _check_sizes(act_codes, qweight)
-    return n, k
+    n = _check_matrices(act_codes, "qweight", qweight, codes_per_byte=2)
+    return n, act_codes.shape[1]
 
 
 def _int8_shape(act_codes: Tensor, weight: Tensor) -> int:
-    n, k = weight.shape
-    _check("act_codes", act_codes, torch.int8, (act_codes.shape[0], k))
-    _check("weight", weight, torch.int8, (n, k))
-    if n % 32:
-        raise ValueError(f"weight: N is {n}, expected a multiple of 32")
-    _check_sizes(act_codes, weight)
-    return n
+    return _check_matrices(act_codes, "weight", weight, codes_per_byte=1)
 
 
-def _check_sizes(act_codes: Tensor, weight: Tensor) -> None:
-    k = act_codes.shape[1]
+def _check_matrices(act_codes: Tensor, name: str, weight: Tensor, *, codes_per_byte: int) -> int:
+    """The N of a product. Raises ValueError for operands that do not fit each other or the kernels."""
+    for what, tensor in (("act_codes", act_codes), (name, weight)):
+        if tensor.ndim != 2:
+            raise ValueError(f"{what}: expected two axes, got {list(tensor.shape)}")
+    n, k = weight.shape[0], codes_per_byte * weight.shape[1]
+    device = act_codes.device
+    _check("act_codes", act_codes, torch.int8, (act_codes.shape[0], k), device)
+    _check(name, weight, torch.int8, tuple(weight.shape), device)
+    if n % 32 or n == 0:
+        raise ValueError(f"{name}: N is {n}, expected a multiple of 32")
     if k % GROUP_SIZE or not 0 < k <= _MAX_K:
         raise ValueError(f"act_codes: K is {k}, expected a multiple of {GROUP_SIZE} up to {_MAX_K} (pad with zeros)")
     if max(act_codes.numel(), weight.numel()) >= _MAX_OPERAND_BYTES:
-        raise ValueError("act_codes and weight must be below 4 GiB each: split M or N")
-    if act_codes.device != weight.device:
-        raise ValueError(f"act_codes are on {act_codes.device}, the weight on {weight.device}")
+        raise ValueError(f"act_codes and {name} must be below 4 GiB each: split M or N")
+    return n
 
 
 def _check_scales(
-    s2_scales: Tensor | None, s2_zeros: Tensor | None, s1_szeros: Tensor | None, n: int, k: int
+    s2_scales: Tensor | None,
+    s2_zeros: Tensor | None,
+    s1_szeros: Tensor | None,
+    n: int,
+    k: int,
+    device: torch.device,
 ) -> WeightFormat:
     if s2_scales is not None and s2_zeros is not None and s1_szeros is None:
-        _check("s2_scales", s2_scales, torch.int8, (k // GROUP_SIZE, n))
-        _check("s2_zeros", s2_zeros, torch.int8, (k // GROUP_SIZE, n))
+        _check("s2_scales", s2_scales, torch.int8, (k // GROUP_SIZE, n), device)
+        _check("s2_zeros", s2_zeros, torch.int8, (k // GROUP_SIZE, n), device)
         return "g128"
     if s2_scales is None and s2_zeros is None and s1_szeros is not None:
-        _check("s1_szeros", s1_szeros, torch.float16, (n,))
+        _check("s1_szeros", s1_szeros, torch.float16, (n,), device)
         return "per_channel"
     raise ValueError("expected s2_scales and s2_zeros (g128), or s1_szeros alone (per channel)")
 
@@ -237,8 +243,10 @@ def _check_out(out_dtype: torch.dtype) -> None:
         raise ValueError(f"out_dtype is {out_dtype}, expected torch.float16 or torch.bfloat16")
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it on {device}, got {tensor.device}")
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
         raise ValueError(f"{name}: expected a contiguous tensor that begins at a multiple of 16 bytes")

@@ -6,7 +6,7 @@ cuBLAS, which is exact below 2**53. Integers are compared bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from qoq.formats.arithmetic import quantize_activation
 from qoq.formats.packing import padded_in_features
+from qoq.kernels.dispatch import WeightFormat, covering_tokens
 from qoq.kernels.kv_verification import CacheCheck, check_cache_kernels, describe_differences
+from qoq.kernels.launch import architecture
 from qoq.kernels.modules import IN_FEATURES_STEP
 
 ROWS = (1, 3, 17, 130, 300)
-"""Values of M: dispatch has other kernels for few tokens than for many, and none of them may rely on whole tiles."""
+"""Values of M for every linear: no kernel may rely on whole tiles. The first linear of each shape also goes through
+every kernel that dispatch has for it."""
 _STRIPE = 2048
 """Output channels whose weights are float64 at a time."""
 _OUT_DTYPES = (torch.float16, torch.bfloat16)
@@ -41,6 +44,8 @@ class KernelProof:
 
         self._device = torch.device(device)
         self._seen: set[int] = set()
+        self._shapes: set[tuple[int, int, bool]] = set()
+        self._rows = set(ROWS)
         self._linears = self._compared = 0
         self._caches: list[CacheCheck] = []
 
@@ -48,13 +53,26 @@ class KernelProof:
         self, name: str, packed: Mapping[str, Tensor], emulated: Tensor, *, in_features: int
     ) -> tuple[str, ...]:
         """Problems of one linear (see `check_linear_kernels`), and of the quantizer for a new number of inputs."""
-        checks = [check_linear_kernels(name, packed, emulated, in_features=in_features, device=self._device)]
+        rows = self._rows_for(packed)
+        self._rows |= set(rows)
+        checks = [check_linear_kernels(name, packed, emulated, in_features=in_features, device=self._device, rows=rows)]
         if in_features not in self._seen and in_features % IN_FEATURES_STEP == 0:
             self._seen.add(in_features)
             checks += [check_quantizer(in_features, dtype, device=self._device) for dtype in _OUT_DTYPES]
         self._linears += 1
         self._compared += sum(check.compared for check in checks)
         return tuple(problem for check in checks for problem in check.problems)
+
+    def _rows_for(self, packed: Mapping[str, Tensor]) -> tuple[int, ...]:
+        n, half_k = packed["qweight"].shape
+        shape = (n, 2 * half_k, "s2_scales" in packed)
+        if shape in self._shapes or self._device.type != "cuda":
+            return ROWS
+        self._shapes.add(shape)
+        weights: WeightFormat = "g128" if shape[2] else "per_channel"
+        device = torch.cuda.current_device() if self._device.index is None else self._device.index
+        covering = covering_tokens(architecture(device), weights, n, 2 * half_k)
+        return tuple(sorted({*ROWS, *covering}))
 
     def check_cache(
         self, num_heads: int, num_kv_heads: int, head_dim: int, bits: int, *, window: int | None
@@ -71,7 +89,7 @@ class KernelProof:
         """What was compared, for a report."""
         return {
             "device": torch.cuda.get_device_name(self._device),
-            "rows": list(ROWS),
+            "rows": sorted(self._rows),
             "linears": self._linears,
             "compared": self._compared,
             "caches": [
@@ -87,22 +105,30 @@ class KernelProof:
 
 
 def check_linear_kernels(
-    name: str, packed: Mapping[str, Tensor], emulated: Tensor, *, in_features: int, device: torch.device, seed: int = 0
+    name: str,
+    packed: Mapping[str, Tensor],
+    emulated: Tensor,
+    *,
+    in_features: int,
+    device: torch.device,
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> KernelCheck:
-    """Run one packed linear through its GEMM kernels, for every M of ROWS.
+    """Run one packed linear through its GEMM kernels, for every M of `rows` (ROWS if None).
 
     packed    tensors as on disk, already found legal;  emulated: `verification.emulate_weight` of them
 
     The int32 sums must equal the oracle's bit for bit, and the 16-bit output must be the float64 value rounded once
     (twice with a bias, which is added after the rounding), apart from the last bits of the float32 products before it.
     """
+    rows = rows or ROWS
     on_gpu = {part: tensor.to(device) for part, tensor in packed.items()}
-    codes, sums = extreme_act_codes(max(ROWS), in_features, device=device, seed=seed)
+    codes, sums = extreme_act_codes(max(rows), in_features, device=device, seed=seed)
     exact = _exact_product(codes, emulated.to(device))
     scales, unbiased = _scaled_output(exact, sums, on_gpu, seed=seed)
     bias = on_gpu.get("bias")
     compared, problems = 0, list[str]()
-    for m in ROWS:
+    for m in rows:
         problems += _compare_sums(name, m, codes[:m], sums[:m], on_gpu, exact[:m])
         compared += exact[:m].numel()
         for dtype in _OUT_DTYPES:

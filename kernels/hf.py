@@ -155,7 +155,7 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
     """From now on, the quantized linears and the KV rounding of `model` run on "kernels", on "reference" arithmetic, or
     ("auto") on the kernels where they can: a CUDA device of Ampere or newer, 16-bit inputs, 8-bit activations.
 
-    With "kernels", whatever cannot run on them raises when it is called. Raises InputError for another name.
+    With "kernels", a linear that cannot run on them raises when it is called. Raises InputError for another name.
     """
     for module in model.modules():
         if isinstance(module, QoQLinear):

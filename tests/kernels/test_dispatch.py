@@ -17,11 +17,14 @@ from qoq.kernels.dispatch import (
     GemmChoice,
     GemmTile,
     choose_gemm,
+    covering_tokens,
     gemm_specs,
+    gemm_table,
+    gemm_tile,
     shared_bytes_of_sm,
 )
 
-TILES = {name: GemmTile(**arguments) for name, arguments in dispatch._gemm_table()["tiles"].items()}
+TILES = {name: gemm_tile(name) for name in gemm_table()["tiles"]}
 
 
 @given(
@@ -88,8 +91,9 @@ def test_a_tile_too_large_for_the_workspace_is_refused() -> None:
 
 
 def test_rows_name_tiles_and_end_without_a_limit() -> None:
-    rows = dispatch._gemm_table()["measured"]
+    rows = gemm_table()["measured"]
     assert {row["tile"] for row in rows} == set(TILES), "a tile without a row is only worth keeping while tuning"
+    assert len(set(TILES.values())) == len(TILES), "two names for one tile"
     for weights in WEIGHT_FORMATS:
         shapes = {(row["n"], row["k"]) for row in rows if row["weights"] == weights}
         for shape in shapes:
@@ -111,9 +115,20 @@ def test_measured_rows_answer_for_shapes_like_theirs(monkeypatch: pytest.MonkeyP
         {**row, "n": 28672, "k": 4096, "max_m": None, "tile": "a"},
     ]
     table = {"tiles": tile, "measured": rows}
-    monkeypatch.setattr(dispatch, "_gemm_table", lambda: table)
+    monkeypatch.setattr(dispatch, "gemm_table", lambda: table)
+    monkeypatch.setattr(dispatch, "_choices", dispatch._choices.__wrapped__)
     assert choose_gemm("sm_90", "g128", 16, 5120, 4096) == GemmChoice(
         GemmTile(**tile["a"]), True, "measured on sm_90 for [4096, 4096], M <= 16: a"
     )
     assert choose_gemm("sm_90", "g128", 17, 5120, 4096).tile.block_m == 64
     assert choose_gemm("sm_90", "g128", 5000, 22016, 4096).tile.block_m == 16
+    assert covering_tokens("sm_90", "g128", 5120, 4096) == (1, 17)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+@pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (192, 640)])
+def test_covering_tokens_reach_every_kernel(weights: str, shape: tuple[int, int]) -> None:
+    tokens = covering_tokens("sm_90", weights, *shape)
+    reached = {choose_gemm("sm_90", weights, m, *shape) for m in tokens}
+    assert reached == {choose_gemm("sm_90", weights, m, *shape) for m in range(1, 9000, 7)} | reached
+    assert len(reached) == len(tokens)

@@ -39,10 +39,6 @@ DEVICE void load_matrices_4(uint32_t (&r)[4], uint32_t address) {
                  : "memory");
 }
 
-DEVICE void load_matrices_2(uint32_t& r0, uint32_t& r1, uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r0), "=r"(r1) : "r"(address) : "memory");
-}
-
 // An 8 x 8 matrix of 16-bit elements, two a lane, transposed within the warp.
 DEVICE uint32_t transpose_8x8(uint32_t x) {
     uint32_t y;

@@ -60,21 +60,6 @@ DEVICE float high_value(uint32_t pair) {
     return Format::value(static_cast<uint16_t>(pair >> 16));
 }
 
-template <int kBytes>
-struct Vector;
-template <>
-struct Vector<16> {
-    using Type = uint4;
-};
-template <>
-struct Vector<8> {
-    using Type = uint2;
-};
-template <>
-struct Vector<4> {
-    using Type = uint32_t;
-};
-
 // The element type OUT_FORMAT, IN_FORMAT, ... of an instantiation: 0 float16, 1 bfloat16.
 template <int kFormat>
 struct FormatOf;

@@ -1,7 +1,6 @@
 // Joins what blocks of decode_attention.cu computed of the same segment, a block a segment and query; see there.
 //
 // HEAD_DIM  threads of a block        FORMAT  of the output, 0 float16, 1 bfloat16
-#include "common/reduce.cuh"
 #include "common/types.cuh"
 #include "sm80/decode_work.cuh"
 

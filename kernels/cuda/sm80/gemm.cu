@@ -1,10 +1,10 @@
 // out [M, N] = act_codes int8 [M, K] times weights [N, K] of 4 or 8 bits, summed in int32 over all of K.
 //
 // Weights are the A operand and tokens the columns of mma.m16n8k32, so that a warp decodes each weight once for all its
-// tokens and a lane reads its packed words in one 16-byte access. A block copies stages of inputs with cp.async and works
-// through the units that its schedule gives it; copies run ahead over tile borders, and fragments one mma ahead over
-// stages. Where a tile is shared, blocks add int32 sums in a workspace, and the last to arrive stores the tile: integers,
-// so the order does not matter.
+// tokens and a lane reads its packed words in one 16-byte access. A block copies stages of inputs with cp.async and
+// works through the units that its schedule gives it; copies run ahead over tile borders, and fragments one mma ahead
+// over stages. Where a tile is shared, blocks add int32 sums in a workspace, and the last to arrive stores the tile:
+// integers, so the order does not matter.
 //
 // WEIGHT_FORMAT  0 progressive, 1 per channel, 2 int8       OUT_FORMAT  0 float16, 1 bfloat16, 2 int32
 // BLOCK_N, BLOCK_M  channels and tokens of a tile           GROUPS  of 128 inputs in a stage
@@ -64,9 +64,9 @@ DEVICE void add_over_warps(Sums& acc, int32_t* partial, int warp_k) {
         for (int i = 0; i < kAccumulators; ++i) flat[i] = mine[i * kPart];
 }
 
-// The sums of a tile that blocks share. All but the last block to finish add theirs in the workspace and return false; the
-// last waits until they have, takes them to its own, and leaves workspace and counters zero for the next launch. What it
-// waits for is under way: the others have arrived here before it.
+// The sums of a tile that blocks share. All but the last block to finish add theirs in the workspace and return false;
+// the last waits until they have, takes them to its own, and leaves workspace and counters zero for the next launch.
+// What it waits for is under way: the others have arrived here before it.
 DEVICE bool add_over_blocks(Sums& acc, int32_t* workspace, int32_t* counters, int slot, int steps, int k_steps,
                             bool holds_sums) {
     __shared__ int arrived;
@@ -146,9 +146,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         weights.load_scales(scales, scales + StageLoader::kScaleBytes, lane);
     };
     const int tokens_at = token_offset(warp_m, lane), weights_at = WarpWeights::lane_offset(warp_n, lane);
-    constexpr int kStripeBytes = kStripe * WarpWeights::kBytesPerChannel;
     const auto load_raw = [&](int s, uint32_t stage, int tile) {
-        WarpWeights::load(raw[s], stage + weights_at + s * (WEIGHT_FORMAT == kInt8 ? kStripe * 128 : kStripeBytes), tile);
+        constexpr int kNextStripe = WEIGHT_FORMAT == kInt8 ? kStripe * 128 : kStripe * WarpWeights::kBytesPerChannel;
+        WarpWeights::load(raw[s], stage + weights_at + s * kNextStripe, tile);
     };
     // The A fragments of channels 0-15 and 16-31 of the stripe that is multiplied now.
     uint32_t low[4], high[4];
@@ -186,8 +186,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
             const bool new_group = last || next % kTilesPerGroup == 0;
             if (new_group) load_scales(stage, next);
             if (kWarpTiles > 1 && !last) loader.copy(free_stage, i, kCopyParts);
-            // While a stripe is multiplied, the next one is decoded, a register after every few mma, and what was decoded
-            // before is loaded anew.
+            // While a stripe is multiplied, the next one is decoded, a register after every few mma, and what was
+            // decoded before is loaded anew.
 #pragma unroll
             for (int s = 0; s < kStripes; ++s) {
                 const bool last_stripe = s == kStripes - 1;
@@ -227,10 +227,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
                     store_sums<WEIGHT_FORMAT, kStripes, kTokenTiles>(acc, output, channel, token, lane);
 #else
                     using Format = FormatOf<OUT_FORMAT>::Type;
+                    constexpr int kFormat = WEIGHT_FORMAT;
                     if (bias)
-                        store_tile<WEIGHT_FORMAT, Format, true, kStripes, kTokenTiles>(acc, output, channel, token, lane);
+                        store_tile<kFormat, Format, true, kStripes, kTokenTiles>(acc, output, channel, token, lane);
                     else
-                        store_tile<WEIGHT_FORMAT, Format, false, kStripes, kTokenTiles>(acc, output, channel, token, lane);
+                        store_tile<kFormat, Format, false, kStripes, kTokenTiles>(acc, output, channel, token, lane);
 #endif
                 }
             }

@@ -105,7 +105,8 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
         const int first = channel + s * kStripe;
         const int rows_left = first < output.n ? output.m - token - g : 0;
         const Scaler<kFormat, Format, kHasBias> scaler(output, first + g);
-        uint16_t* to = static_cast<uint16_t*>(output.out) + (static_cast<int64_t>(token + g) * output.n + first + 8 * t);
+        const int64_t place = static_cast<int64_t>(token + g) * output.n + first + 8 * t;
+        uint16_t* to = static_cast<uint16_t*>(output.out) + place;
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j, to += tokens_8) {
             TokenScale pair[2];

@@ -1,9 +1,9 @@
 // Copies the stages of a block's units from global to shared memory, unit after unit.
 //
-// A stage holds kGroups * 128 inputs: weights (packed stripes as they are; int8 rows swizzled, a plane of 128 bytes a row
-// for each group), activations (rows swizzled, a plane for each group), and for progressive weights the scale bytes and
-// the zero bytes of each group. What a thread copies lies at fixed distances in shared memory and at one distance in
-// global memory, so that a copy costs one address: these instructions compete with the tensor cores for issue slots.
+// A stage holds kGroups * 128 inputs: weights (packed stripes as they are; int8 rows swizzled, a plane of 128 bytes a
+// row for each group), activations (rows swizzled, a plane for each group), and for progressive weights the scale bytes
+// and the zero bytes of each group. What a thread copies lies at fixed distances in shared memory and at one distance
+// in global memory, so that a copy costs one address: these instructions compete with the tensor cores for issue slots.
 #pragma once
 #include "common/async_copy.cuh"
 #include "common/types.cuh"

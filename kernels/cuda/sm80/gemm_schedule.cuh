@@ -1,7 +1,8 @@
 // Which output tiles and which inputs of the sum a block works on.
 //
-// The unit is one step of one tile: the inputs of a pipeline stage. "Stream" (stream-K) gives every block the same number of consecutive
-// units, so a tile may be shared between blocks; otherwise a block takes whole tiles, gridDim.x apart.
+// The unit is one step of one tile: the inputs of a pipeline stage. "Stream" (stream-K) gives every block the same
+// number of consecutive units, so a tile may be shared between blocks; otherwise a block takes whole tiles, gridDim.x
+// apart.
 #pragma once
 #include "common/types.cuh"
 

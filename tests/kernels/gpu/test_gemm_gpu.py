@@ -9,15 +9,15 @@ from torch import Tensor
 from qoq.formats.arithmetic import IntegerWeight, QuantizedActivation, linear_forward, quantize_activation
 from qoq.formats.packing import pack_linear, padded_in_features
 from qoq.formats.quantized_linear import QuantizedLinear, S2Offsets, ZeroPoints
-from qoq.kernels.dispatch import GemmChoice, GemmTile, WeightFormat, _gemm_table, choose_gemm
+from qoq.kernels.dispatch import GemmChoice, WeightFormat, gemm_table, gemm_tile
 from qoq.kernels.gemm import run_gemm
-from qoq.kernels.launch import architecture
 from qoq.kernels.oracles import emulate_packed_codes, emulate_packed_level1, gemm_oracle
 
 pytestmark = pytest.mark.gpu
 FORMATS: tuple[WeightFormat, ...] = ("g128", "per_channel", "int8")
 ODD_SHAPES = [(1, 32, 128), (3, 96, 256), (17, 160, 128), (33, 576, 640), (70, 192, 640), (130, 352, 1024)]
 DTYPES = (torch.float16, torch.bfloat16)
+TILES = sorted(gemm_table()["tiles"])
 
 
 class Case:
@@ -69,6 +69,9 @@ class Case:
         y = y.to(dtype)
         bias = self.operands.get("bias")
         return y if bias is None else y + bias.float().to(dtype)
+
+    def expected(self, dtype: torch.dtype) -> Tensor:
+        return self.acc() if dtype == torch.int32 else self.out(dtype)
 
     def run(self, dtype: torch.dtype, choice: GemmChoice | None = None) -> Tensor:
         gpu = {name: tensor.cuda() for name, tensor in self.operands.items()}
@@ -136,11 +139,19 @@ def test_small_outputs_are_exact(gpu, weights, dtype) -> None:
     assert_same(case.run(dtype), case.out(dtype))
 
 
+@pytest.mark.parametrize(("weights", "dtype"), [("g128", torch.float16), ("int8", torch.int32)], ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_small_tiles_that_blocks_share_are_exact(gpu, tile, weights, dtype) -> None:
+    """So little work that every block has one step of a tile: dispatch shares no tile of a small problem."""
+    case = Case(weights, 21, 96, 640, seed=7)
+    assert_same(case.run(dtype, GemmChoice(gemm_tile(tile), True, "test")), case.expected(dtype))
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "tiles"])
-@pytest.mark.parametrize("tile", sorted(_gemm_table()["tiles"]))
+@pytest.mark.parametrize("tile", TILES)
 def test_every_tile_is_exact(gpu, weights, tile, stream) -> None:
-    choice = GemmChoice(GemmTile(**_gemm_table()["tiles"][tile]), stream, "test")
+    choice = GemmChoice(gemm_tile(tile), stream, "test")
     for seed, shape in enumerate([*ODD_SHAPES, (300, 1056, 896)]):
         case = Case(weights, *shape, seed=seed, bias=seed % 2 == 0)
         assert_same(case.run(torch.int32, choice), case.acc())
@@ -200,21 +211,26 @@ def test_operators_equal_the_reference_arithmetic(gpu) -> None:
 def test_same_bits_from_run_to_run(gpu) -> None:
     case = Case("g128", 100, 1024, 4096, seed=11)
     first = case.run(torch.float16)
-    for _ in range(5):
-        assert torch.equal(case.run(torch.float16), first)
+    shared = GemmChoice(gemm_tile("64x16"), True, "test")
+    for choice in (None, shared, shared, None, shared):
+        assert torch.equal(case.run(torch.float16, choice), first)
 
 
 def test_graph_replays_and_leaves_the_workspace_clean(gpu) -> None:
-    import qoq.kernels.ops  # noqa: F401
+    """With tiles that blocks share, whatever dispatch would choose."""
+    case = Case("g128", 20, 1024, 2048, seed=12, bias=False)
+    choice = GemmChoice(gemm_tile("64x16"), True, "test")
+    codes, sums = case.codes.cuda(), case.sums.cuda()
+    qweight, s2_scales, s2_zeros = (case.operands[name].cuda() for name in ("qweight", "s2_scales", "s2_zeros"))
 
-    case = Case("g128", 20, 4096, 2048, seed=12, bias=False)
-    arguments = [case.codes.cuda(), case.sums.cuda(), *(case.operands[n].cuda() for n in ("qweight", "s2_scales"))]
-    arguments.append(case.operands["s2_zeros"].cuda())
-    assert choose_gemm(architecture(gpu.index), "g128", 20, 4096, 2048).stream
-    torch.ops.qoq.w4a8_gemm_int32(*arguments)
+    def call() -> Tensor:
+        scales = (None, s2_scales, s2_zeros, None)
+        return run_gemm("g128", codes, None, sums, qweight, *scales, None, case.n, torch.int32, choice=choice)
+
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = torch.ops.qoq.w4a8_gemm_int32(*arguments)
+        out = call()
     for _ in range(3):
         out.fill_(7)
         graph.replay()
