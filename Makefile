@@ -9,7 +9,7 @@ BIN         := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 # The CUDA extra, cu13 or cu12 as torch was built. It installs without a GPU too, and compiles the kernels there.
 CUDA        ?= cu13
-EXTRAS      ?= dev,$(CUDA)
+EXTRAS      ?= dev,report,$(CUDA)
 # More arguments for pytest: make test ARGS="-k packing -x"
 ARGS        ?=
 

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import struct
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +27,9 @@ from qoq.recipes.errors import EnvironmentProblem
 _OPTIONS = ("-default-device", "--std=c++17", "-lineinfo", "--ptxas-options=-v")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
+_LOG_LINES = 40
+"""Of a compiler's log in an error; the assembler repeats one mistake hundreds of times."""
+_REPORT = "this is not expected of qoq's own sources: report it with the output of `qoq doctor`"
 
 
 class CompileError(EnvironmentProblem):
@@ -83,8 +86,9 @@ def compile_kernel(spec: KernelSpec, arch: str, *, folder: Path | None = None, r
     """The cubin of `spec` for `arch` ("sm_80", "sm_100a", ...), from the cache or compiled into it.
 
     The key covers the texts of the source and of all it includes, every option, the architecture and the compiler's
-    version. Two processes that want the same kernel compile it once. Raises CompileError with NVRTC's log,
-    SourceProblem, or EnvironmentProblem where NVRTC is missing or the cache cannot be written.
+    version. Two processes that want the same kernel compile it once; one that is there needs no lock, and so no cache
+    that can be written; a damaged one is compiled again. Raises CompileError with NVRTC's log, SourceProblem, or
+    EnvironmentProblem where NVRTC is missing or the cache cannot be used.
     """
     nvrtc = _nvrtc()
     closure = read_closure(spec.source, root)
@@ -92,21 +96,21 @@ def compile_kernel(spec: KernelSpec, arch: str, *, folder: Path | None = None, r
     key = _key(closure, options, nvrtc.getVersion(), spec.entry)
     folder = folder or cache_folder()
     stem = f"{Path(spec.source).stem}-{arch}-{key[:24]}"
-    cubin, facts = folder / f"{stem}.cubin", folder / f"{stem}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{stem}.lock"):
-            if not (cubin.is_file() and facts.is_file()):
-                code, log = _compile(nvrtc, closure, options, spec, arch)
-                resources = _resources(log)
-                _write(cubin, code)
-                _write(facts, json.dumps({"spec": spec.label, "arch": arch, "log": log, **asdict(resources)}).encode())
-            found = json.loads(facts.read_text(encoding="utf-8"))
+        found = _read_entry(folder, stem)
+        if found is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f"{stem}.lock"):
+                found = _read_entry(folder, stem)  # another process may have been faster
+                if found is None:
+                    code, log = _compile(nvrtc, closure, options, spec, arch)
+                    found = _write_entry(folder, stem, code, {"spec": spec.label, "arch": arch, "log": log})
     except OSError as error:
         raise EnvironmentProblem(
-            f"{folder}: the kernel cache cannot be used: {error}", remedy="set QOQ_CACHE to a folder with room"
+            f"{folder}: the kernel cache cannot be used: {error}",
+            remedy="set QOQ_CACHE to a folder that can be written, on a disk with room",
         ) from error
-    return Cubin(cubin, Resources(found["registers"], found["stack_bytes"], found["spill_bytes"]))
+    return found
 
 
 def compile_all(
@@ -132,6 +136,11 @@ def nvrtc_version() -> tuple[int, int]:
     """Version of the compiler in use. Raises EnvironmentProblem where there is none."""
     version: tuple[int, int] = _nvrtc().getVersion()
     return version
+
+
+def known_capabilities() -> tuple[tuple[int, int], ...]:
+    """Compute capabilities that the compiler in use can compile for. Raises EnvironmentProblem where there is none."""
+    return tuple(divmod(number, 10) for number in _nvrtc().getSupportedArchs())
 
 
 def _nvrtc() -> Any:
@@ -162,8 +171,8 @@ def _compile(
         nvrtc.compileProgram(program, list(options))
         return _whole_elf(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
-        log = nvrtc.getProgramLog(program).strip()
-        raise CompileError(f"{spec.label} does not compile for {arch}: {error}\n{log}") from error
+        log = _excerpt(nvrtc.getProgramLog(program))
+        raise CompileError(f"{spec.label} does not compile for {arch}: {error}\n{log}", remedy=_REPORT) from error
     finally:
         nvrtc.destroyProgram(program)
 
@@ -179,7 +188,7 @@ def _whole_elf(cubin: bytes) -> bytes:
 def _resources(log: str) -> Resources:
     registers, frames = _REGISTERS.findall(log), _SPILLS.findall(log)
     if not registers or not frames:
-        raise CompileError(f"the assembler reported no resources:\n{log}")
+        raise CompileError(f"the assembler reported no resources:\n{_excerpt(log)}", remedy=_REPORT)
     return Resources(
         registers=max(int(count) for count in registers),
         stack_bytes=max(int(stack) for stack, _, _ in frames),
@@ -187,11 +196,43 @@ def _resources(log: str) -> Resources:
     )
 
 
+def _excerpt(log: str) -> str:
+    """The beginning of a log: errors come before the assembler's remarks."""
+    lines = [line for line in log.strip().splitlines() if not line.startswith("ptxas info")]
+    more = len(lines) - _LOG_LINES
+    return "\n".join([*lines[:_LOG_LINES], *([f"... and {more} more lines"] if more > 0 else [])])
+
+
+def _read_entry(folder: Path, stem: str) -> Cubin | None:
+    """What the cache holds; None when that is nothing, or was cut short or altered."""
+    path = folder / f"{stem}.cubin"
+    try:
+        facts = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+        resources = Resources(*(int(facts[name]) for name in ("registers", "stack_bytes", "spill_bytes")))
+        is_whole = hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return Cubin(path, resources) if is_whole else None
+
+
+def _write_entry(folder: Path, stem: str, code: bytes, about: dict[str, str]) -> Cubin:
+    """`about` holds the log, from which the resources are read."""
+    cubin = Cubin(folder / f"{stem}.cubin", _resources(about["log"]))
+    facts = {**about, **asdict(cubin.resources), "sha256": hashlib.sha256(code).hexdigest()}
+    _write(cubin.path, code)
+    _write(folder / f"{stem}.json", json.dumps(facts).encode())
+    return cubin
+
+
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, also under a crash."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        temporary = Path(file.name)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Whole or not at all, also under a crash; readable by whom the user's umask allows, who may be a server."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -70,8 +70,10 @@ class KernelProof:
             return ROWS
         self._shapes.add(shape)
         weights: WeightFormat = "g128" if shape[2] else "per_channel"
-        device = torch.cuda.current_device() if self._device.index is None else self._device.index
-        covering = covering_tokens(architecture(device), weights, n, 2 * half_k)
+        given: int | None = self._device.index
+        covering = covering_tokens(
+            architecture(torch.cuda.current_device() if given is None else given), weights, n, 2 * half_k
+        )
         return tuple(sorted({*ROWS, *covering}))
 
     def check_cache(

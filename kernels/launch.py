@@ -23,19 +23,26 @@ class Kernel:
     """A kernel loaded on one device."""
 
     def __init__(self, spec: KernelSpec, device: int) -> None:
+        self._launch = _launch_function()  # says what to install where there is no CuPy
         import cupy
 
         self.spec = spec
         cubin = compile_kernel(spec, architecture(device))
         with torch.cuda.device(device), cupy.cuda.Device(device):
             torch.cuda.current_stream()  # the context that both share
-            self._module = cupy.RawModule(path=str(cubin.path))
-            function = self._module.get_function(spec.entry)
-            function.max_dynamic_shared_size_bytes = spec.shared_bytes
+            try:
+                self._module = cupy.RawModule(path=str(cubin.path))
+                function = self._module.get_function(spec.entry)
+                function.max_dynamic_shared_size_bytes = spec.shared_bytes
+            except cupy.cuda.driver.CUDADriverError as error:
+                raise EnvironmentProblem(
+                    f"{spec.label}: the driver does not load it: {error}",
+                    remedy="the driver may be older than the CUDA version of the qoq[cu13] or qoq[cu12] you installed; "
+                    "`qoq doctor` shows both",
+                ) from error
             self.handle: int = function.kernel.ptr
-        self._launch = _launch_function()
 
-    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument], *, stream: int | None = None) -> None:
+    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
         """Enqueue on the current stream of the current device; grid in blocks. Nothing is copied or allocated."""
         values = [_as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -46,7 +53,7 @@ class Kernel:
             1,
             1,
             self.spec.shared_bytes,
-            torch.cuda.current_stream().cuda_stream if stream is None else stream,
+            torch.cuda.current_stream().cuda_stream,
             ctypes.addressof(pointers),
             0,
         )
@@ -68,6 +75,11 @@ def architecture(device: int) -> str:
             "need 8.0 (Ampere) or newer",
             remedy="use the reference backend",
         )
+    return architecture_name(capability)
+
+
+def architecture_name(capability: tuple[int, int]) -> str:
+    """The `-arch` of kernels for devices of this compute capability."""
     return _FAMILY_SPECIFIC.get(capability, f"sm_{capability[0]}{capability[1]}")
 
 

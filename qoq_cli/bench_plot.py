@@ -8,20 +8,24 @@ from typing import Any
 from qoq.recipes.errors import EnvironmentProblem, InputError
 
 _SUFFIXES = (".svg", ".png")
-_COLOURS = {
-    "w4a8-g128": "#0b6e4f",
-    "w4a8-chn": "#53b68c",
-    "w8a8": "#7fb069",
-    "kv4": "#0b6e4f",
-    "kv8": "#53b68c",
-    "fp16": "#355c9a",
-    "bf16": "#7a9fd6",
-    "int8": "#c8553d",
-    "fp8": "#e0a030",
-    "fp8-row": "#f0c878",
-    "sdpa-fp16": "#355c9a",
-    "sdpa-bf16": "#7a9fd6",
+_STYLES = {
+    "w4a8-g128": ("#0b6e4f", "o"),
+    "w4a8-chn": ("#53b68c", "s"),
+    "w8a8": ("#8a6fb0", "^"),
+    "fp16": ("#355c9a", "D"),
+    "bf16": ("#7a9fd6", "d"),
+    "int8": ("#c8553d", "v"),
+    "fp8": ("#c98a10", "P"),
+    "fp8-row": ("#f0c060", "X"),
+    "kv4": ("#0b6e4f", "o"),
+    "kv8": ("#53b68c", "s"),
+    "sdpa-fp16": ("#355c9a", "D"),
+    "sdpa-bf16": ("#7a9fd6", "d"),
 }
+"""Colour and marker; qoq's kernels are green, what PyTorch has is not."""
+_OURS = ("w4a8-g128", "w4a8-chn", "kv4", "kv8")
+_LABELLED_CASES = 6
+"""With more cases than this, the times do not fit beside their points, nor the names of the cases side by side."""
 
 
 def check_plot(path: Path) -> None:
@@ -40,49 +44,96 @@ def check_plot(path: Path) -> None:
 
 def draw(data: dict[str, Any], path: Path) -> None:
     """Write the picture: one panel for the products of a layer, one for attention."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     parts = [part for part in ("gemm", "attention") if part in data]
-    figure = Figure(figsize=(7.5 * len(parts), 5), layout="constrained")
+    figure = Figure(figsize=(7 * len(parts), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, part in enumerate(parts):
         axes = figure.add_subplot(1, len(parts), panel + 1)
         _draw_gemms(axes, data) if part == "gemm" else _draw_attention(axes, data)
-        axes.legend(frameon=False)
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{data['gpu']['name']}, {data['shape']['name']} sizes (lower is better)")
+        _finish(axes)
+    figure.suptitle(f"{data['shape']['name']} on {data['gpu']['name']}: lower is better")
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     try:
-        figure.savefig(path)
+        with rc_context({"svg.hashsalt": "qoq"}):  # the same picture is the same file
+            figure.savefig(path, dpi=150, metadata=metadata)
     except OSError as error:
-        raise EnvironmentProblem(f"--plot {path}: cannot be written: {error}") from error
+        raise EnvironmentProblem(f"--plot {path}: cannot be written: {error}", remedy="name another file") from error
 
 
 def _draw_gemms(axes: Any, data: dict[str, Any]) -> None:
+    """Lines over M; qoq's lie on top of the others."""
     for variant in data["gemm"]["variants"]:
         points = [(row["m"], row["us"]) for row in data["gemm"]["layer"] if row["variant"] == variant]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=variant, color=_COLOURS.get(variant))
+            axes.plot(*zip(*points, strict=True), linewidth=2.2 if variant in _OURS else 1.2, **_style(variant))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = list(dict.fromkeys(row["m"] for row in data["gemm"]["layer"]))
+    ticks = sorted({row["m"] for row in data["gemm"]["layer"]})
     axes.set_xticks(ticks, [str(m) for m in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("tokens M")
-    axes.set_ylabel("µs, products of one layer")
+    axes.set_ylabel("µs, the four products of one layer")
 
 
 def _draw_attention(axes: Any, data: dict[str, Any]) -> None:
+    """One column a case, the variants side by side in it."""
     results = data["attention"]["results"]
     cases = list(dict.fromkeys((row["batch"], row["length"]) for row in results))
     variants = [v for v in data["attention"]["variants"] if any(row["variant"] == v for row in results)]
-    for variant in variants:
-        times = {
-            (row["batch"], row["length"]): row["timing"]["median_us"] for row in results if row["variant"] == variant
-        }
-        places = [i for i, case in enumerate(cases) if case in times]
-        axes.plot(places, [times[cases[i]] for i in places], "o", label=variant, color=_COLOURS.get(variant))
+    for i, variant in enumerate(variants):
+        points = [
+            (cases.index((row["batch"], row["length"])) + (i - (len(variants) - 1) / 2) * 0.2, _median(row))
+            for row in results
+            if row["variant"] == variant
+        ]
+        axes.plot(*zip(*points, strict=True), linestyle="none", **_style(variant))
+        for x, us in points if len(cases) <= _LABELLED_CASES else ():
+            axes.annotate(
+                f"{us:.3g}" if us < 1000 else f"{us:.0f}",
+                (x, us),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=_STYLES.get(variant, ("black",))[0],
+            )
+    crowded = len(cases) > _LABELLED_CASES
+    names = [f"{batch} x {length}" for batch, length in cases]
+    axes.set_xticks(range(len(cases)), names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_xlim(-0.6, len(cases) - 0.4)
+    for border in range(1, len(cases)):
+        axes.axvline(border - 0.5, color="#e4e4e4", linewidth=0.8, zorder=0)
+    axes.set_xlabel("sequences x tokens in the cache of each")
+    axes.set_ylabel("µs, attention of one layer, one decode step")
+
+
+def _finish(axes: Any) -> None:
+    """A logarithmic scale with plain numbers, and a legend."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), [f"{batch} x {length}" for batch, length in cases])
-    axes.set_xlabel("sequences x tokens")
-    axes.set_ylabel("µs, one decode step of attention")
+    axes.margins(y=0.08)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2)
+
+
+def _style(variant: str) -> dict[str, Any]:
+    colour, marker = _STYLES.get(variant, (None, "o"))
+    return {
+        "label": variant,
+        "color": colour,
+        "marker": marker,
+        "markersize": 6,
+        "zorder": 3 if variant in _OURS else 2,
+    }
+
+
+def _median(row: dict[str, Any]) -> float:
+    return float(row["timing"]["median_us"])

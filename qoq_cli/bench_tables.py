@@ -9,18 +9,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qoq_cli.terminal import print_text
+
 _OURS = ("w4a8-g128", "w4a8-chn", "kv4", "kv8")
+_QOQ = "qoq"
+_MADE_BY = {
+    "w4a8-g128": _QOQ,
+    "w4a8-chn": _QOQ,
+    "w8a8": _QOQ,
+    "kv4": _QOQ,
+    "kv8": _QOQ,
+    "fp16": "torch.nn.functional.linear",
+    "bf16": "torch.nn.functional.linear",
+    "int8": "torch._int_mm, without scales",
+    "fp8": "torch._scaled_mm",
+    "fp8-row": "torch._scaled_mm, one scale a row",
+    "sdpa-fp16": "torch.nn.functional.scaled_dot_product_attention",
+    "sdpa-bf16": "torch.nn.functional.scaled_dot_product_attention",
+}
 
 
 def render(console: Console, data: dict[str, Any], *, details: bool = False) -> None:
     """Print the tables, the summary last; `details` adds the rates of the baselines to those of our kernels."""
     gpu, roofline, shape = data["gpu"], data["roofline"], data["shape"]
     peaks = ", ".join(f"{rate:.0f} TOPS {kind}" for kind, rate in roofline["tops"].items())
-    console.print(
+    print_text(
+        console,
         f"{gpu['name']} (driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}, torch {gpu['torch']})\n"
-        f"measured roofline: {roofline['read_gb_s']:.0f} GB/s, {peaks}\n",
-        highlight=False,
-        soft_wrap=True,
+        f"measured roofline: {roofline['read_gb_s']:.0f} GB/s, {peaks}\n"
+        "spread: 10th to 90th percentile; roof: share of the measured roofline\n",
     )
     if "gemm" in data:
         _render_gemms(console, data["gemm"], details)
@@ -28,53 +45,68 @@ def render(console: Console, data: dict[str, Any], *, details: bool = False) -> 
         _render_attention_rates(console, data["attention"], details)
     skipped = {**data.get("gemm", {}).get("skipped", {}), **data.get("attention", {}).get("skipped", {})}
     for what, why in skipped.items():
-        console.print(f"not measured: {what}: {why}", style="dim", highlight=False, soft_wrap=True)
+        print_text(console, f"not measured: {what}: {why}", style="dim")
+    shown: list[str] = []
     if "gemm" in data:
-        _render_layer(console, data["gemm"], shape)
+        shown += _render_layer(console, data["gemm"], shape)
     if "attention" in data:
-        _render_attention(console, data["attention"], shape)
+        shown += _render_attention(console, data["attention"], shape)
+    makers: dict[str, list[str]] = {}
+    for variant in shown:
+        makers.setdefault(_MADE_BY[variant], []).append(variant)
+    for maker, variants in makers.items():
+        print_text(console, f"{', '.join(variants)}: {maker}", style="dim")
 
 
-def _render_layer(console: Console, gemm: dict[str, Any], shape: dict[str, Any]) -> None:
+def _render_layer(console: Console, gemm: dict[str, Any], shape: dict[str, Any]) -> list[str]:
+    """Print the table; which variants it shows."""
     times = {(row["m"], row["variant"]): row["us"] for row in gemm["layer"]}
-    title = f"Products of one {shape['name']} layer (qkv + o + gate_up + down), µs"
     variants = _measured(gemm["variants"], times)
-    table = _table(title, "M", variants)
+    table = _table("M", variants)
     for m in dict.fromkeys(m for m, _ in times):
         _add_row(table, str(m), m, variants, times)
-    console.print(table)
+    _print_titled(console, f"Products of one {shape['name']} layer (qkv + o + gate_up + down), µs", table)
+    return variants
 
 
-def _render_attention(console: Console, attention: dict[str, Any], shape: dict[str, Any]) -> None:
+def _render_attention(console: Console, attention: dict[str, Any], shape: dict[str, Any]) -> list[str]:
+    """Print the table; which variants it shows."""
     times = {
         ((row["batch"], row["length"]), row["variant"]): row["timing"]["median_us"] for row in attention["results"]
     }
     heads = f"{shape['num_heads']} query heads, {shape['num_kv_heads']} KV heads, D {shape['head_dim']}"
     variants = _measured(attention["variants"], times)
-    table = _table(f"Decode attention ({heads}), µs", "sequences\nx tokens", variants)
+    table = _table("sequences\nx tokens", variants)
     for case in dict.fromkeys(case for case, _ in times):
         _add_row(table, f"{case[0]} x {case[1]}", case, variants, times)
-    console.print(table)
+    _print_titled(console, f"Decode attention of one layer ({heads}), µs", table)
+    return variants
 
 
 def _render_gemms(console: Console, gemm: dict[str, Any], details: bool) -> None:
     rows = [row for row in gemm["results"] if details or row["variant"] in _OURS]
     for name in dict.fromkeys(row["gemm"] for row in rows):
         mine = [row for row in rows if row["gemm"] == name]
-        title = f"{name}: N = {mine[0]['n']}, K = {mine[0]['k']}"
-        console.print(_rates(title, "M", ((str(row["m"]), row) for row in mine)))
+        table = _rates("M", ((str(row["m"]), row) for row in mine))
+        _print_titled(console, f"{name}: N = {mine[0]['n']}, K = {mine[0]['k']}", table)
 
 
 def _render_attention_rates(console: Console, attention: dict[str, Any], details: bool) -> None:
     rows = [row for row in attention["results"] if details or row["variant"] in _OURS]
     if rows:
         named = ((f"{row['batch']} x {row['length']}", row) for row in rows)
-        console.print(_rates("Rates of decode attention", "sequences\nx tokens", named))
+        _print_titled(console, "Decode attention of one layer", _rates("sequences\nx tokens", named))
 
 
-def _rates(title: str, first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Table:
+def _print_titled(console: Console, title: str, table: Table) -> None:
+    """A table's own title is folded to the width of the table."""
+    console.print(Text(title, "italic"))
+    console.print(table)
+
+
+def _rates(first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     """One line a case and variant; the spread is the 10th to the 90th percentile."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column(first, justify="right")
     table.add_column("variant")
     for heading in ("µs", "spread", "TOPS", "GB/s", "roof"):
@@ -86,9 +118,9 @@ def _rates(title: str, first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -
         table.add_row(
             "" if case == previous else case,
             row["variant"] + backend,
-            _us(timing["median_us"]),
-            f"{_us(timing['low_us'])}..{_us(timing['high_us'])}",
-            f"{rates['tops']:.4g}" if rates["tops"] < 1000 else f"{rates['tops']:.0f}",
+            _short(timing["median_us"]),
+            f"{_short(timing['low_us'])}..{_short(timing['high_us'])}",
+            _short(rates["tops"]),
             f"{rates['gb_s']:.0f}",
             f"{rates['roof_percent']:.0f} %",
         )
@@ -96,8 +128,8 @@ def _rates(title: str, first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -
     return table
 
 
-def _table(title: str, first: str, variants: list[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(first: str, variants: list[str]) -> Table:
+    table = Table()
     table.add_column(first, justify="right")
     for variant in variants:
         heading = variant.replace("-", "\n")  # eight columns of times fit 80 characters
@@ -110,7 +142,7 @@ def _add_row(table: Table, label: str, case: object, variants: list[str], times:
     found = {variant: times[case, variant] for variant in variants if (case, variant) in times}
     best = min(found.values())
     cells = [
-        Text("-") if (us := found.get(variant)) is None else Text(_us(us), style="green" if us == best else "")
+        Text("-") if (us := found.get(variant)) is None else Text(_short(us), style="green" if us == best else "")
         for variant in variants
     ]
     table.add_row(label, *cells)
@@ -121,5 +153,5 @@ def _measured(variants: list[str], times: dict[Any, float]) -> list[str]:
     return [variant for variant in variants if variant in seen]
 
 
-def _us(value: float) -> str:
+def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"

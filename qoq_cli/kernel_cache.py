@@ -33,5 +33,8 @@ def compile_with_progress(terminal: Terminal, jobs: Sequence[tuple[KernelSpec, s
                 update(done, len(distinct), f"{spec.source} for {arch}")
 
         update(0, len(distinct), "starting")
-        cubins = compile_all(distinct, on_done=on_done)
+        try:
+            cubins = compile_all(distinct, on_done=on_done)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("finished kernels are kept: run the same command again to continue") from None
     return list(cubins.values()), time.monotonic() - started

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from qoq.recipes.errors import QoQError
 from qoq_cli.exit_codes import ExitCode
 
 P = ParamSpec("P")
+_ENTRY = re.compile(r" *(?:-> |- )?")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
@@ -55,12 +58,12 @@ class Terminal:
     def note(self, message: str) -> None:
         """A remark on stderr, unless quiet."""
         if not self.quiet:
-            self.err.print(message, style="dim", highlight=False, soft_wrap=True)
+            print_text(self.err, message, style="dim")
 
     def warn(self, message: str) -> None:
         """A warning on stderr, unless quiet."""
         if not self.quiet:
-            self.err.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+            print_text(self.err, f"warning: {message}", style="yellow")
 
     def result(self, data: dict[str, Any], render: Callable[[Console], None]) -> None:
         """The result of the command: as one JSON object, or rendered for people."""
@@ -72,6 +75,29 @@ class Terminal:
             sys.stdout.flush()
         except BrokenPipeError:
             _forget_stdout()  # the exit code is still the command's own
+
+
+def print_text(console: Console, text: str, *, style: str = "", label: str = "", label_style: str = "") -> None:
+    """Print prose, after a label: on a terminal broken between words, in a pipe or a file one line a line."""
+    lines = f"{label} {text}".lstrip().split("\n")
+    if console.is_terminal:
+        lines = [_fold(line, console.width) for line in lines]
+    printed = Text("\n".join(lines), style)
+    printed.stylize(label_style, 0, len(label))
+    console.print(printed, soft_wrap=True)
+
+
+def _fold(line: str, width: int) -> str:
+    """Continuation lines are indented as the text of a list entry or a remedy; a long path stays in one piece."""
+    entry = _ENTRY.match(line)
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * entry.end() if entry else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -125,7 +151,7 @@ def _forget_stdout() -> None:
 
 
 def _fail(message: str, code: ExitCode) -> NoReturn:
-    _Console(stderr=True).print(Text("error:", "bold red"), Text(message), soft_wrap=True)
+    print_text(_Console(stderr=True), message, label="error:", label_style="bold red")
     raise typer.Exit(code)
 
 

@@ -41,31 +41,36 @@ def bench(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A checkpoint or a model whose sizes are taken, or a known name.  [default: llama-3-8b]",
+            help="Take the sizes of this checkpoint, folder, hub id or known name.  [default: llama-3-8b]",
         ),
     ] = None,
-    what: Annotated[str, typer.Option(metavar="LIST", help="gemm, attention, or both.")] = ",".join(_PARTS),
+    what: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST", help="gemm (the products of a layer), attention (one decode step), or both: gemm,attention."
+        ),
+    ] = ",".join(_PARTS),
     batch: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Tokens in a product (M); with --prompt-len, sequences of attention.  [default: 1, 8, 16, 32, 64, "
-            "128, 256, 1024, 4096; sequences 1, 16, 64, 128]",
+            help="Tokens in a product (M); with --prompt-len, also how many sequences.  [default: 1,8,16,32,64,128,"
+            "256,1024,4096]",
         ),
     ] = None,
     prompt_len: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Tokens in the cache of each sequence.  [default: 64 x 1024, 128 x 1536, 128 x 4096, 1 x 8192, "
-            "8 x 32768]",
+            help="Tokens in the cache, for each of --batch (or 1,16,64,128) sequences.  [default: 64 x 1024, "
+            "128 x 1536, 128 x 4096, 1 x 8192, 8 x 32768]",
         ),
     ] = None,
     against: Annotated[
         str, typer.Option(metavar="LIST", help="Baselines: fp16, bf16, int8, fp8, w8a8, sdpa; or none.")
     ] = ",".join(_AGAINST),
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Refuse to run on another GPU than this: h100, l40s, ...")
+        str | None, typer.Option(metavar="NAME", help="Run only if the GPU is this one: h100, l40s, ...")
     ] = None,
     repeat: Annotated[int, typer.Option(metavar="N", help="Measurements of each variant, in turns.")] = 20,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws weights, inputs and caches.")] = 0,
@@ -83,7 +88,11 @@ def bench(
 
     The products of one decoder layer (qkv, o, gate_up, down), and one decode step of attention over a paged KV4 or KV8
     cache. Random data in MODEL's sizes; no weights are read. Calls run from CUDA graphs over more data than the L2
-    cache holds; variants take turns. Times are medians; percentages are of the roofline measured in the same run.
+    cache holds; variants take turns.
+
+    Times are medians, with their 10th to 90th percentile. The last column compares them with the best that this GPU
+    could do (its roofline): the bytes that must move at the measured bandwidth, or the operations at the measured peak,
+    whichever takes longer. `--json` keeps all of it, with clocks, power and versions.
 
     Examples: `qoq bench`; `qoq bench llama-2-7b --what gemm --batch 1,16,64 --against fp16`;
     `qoq bench --what attention --batch 32 --prompt-len 2048 --json`.
@@ -95,7 +104,10 @@ def bench(
 
         check_plot(plot)
     shape = _shape(terminal, model, trust_remote_code)
-    data = _run(terminal, plan, shape, _open_gpu(device, gpu), seed)
+    index = _open_gpu(device, gpu)
+    if model is None:
+        terminal.note(f"sizes of {_DEFAULT_SHAPE}; name another model to take its sizes")
+    data = _run(terminal, plan, shape, index, seed)
 
     from qoq_cli.bench_tables import render
 
@@ -117,7 +129,7 @@ class _Plan:
         parts = _split("--what", what)
         for part in parts:
             if part in _LATER:
-                raise InputError(f"--what {part}: {_LATER[part]}", remedy="leave it out")
+                raise InputError(f"--what {part}: {_LATER[part]}", remedy=f"use {', '.join(_PARTS)}, or both")
         if parts == ["all"]:
             parts = list(_PARTS)
         self.parts = _choose("--what", parts, _PARTS)
@@ -126,11 +138,24 @@ class _Plan:
         self.gemm_variants = ["w4a8-g128", "w4a8-chn", *(v for v in variants if not v.startswith("sdpa"))]
         self.attention_variants = ["kv4", "kv8", *(v for v in variants if v.startswith("sdpa"))]
         self.rows = list(_ROWS) if batch is None else _numbers("--batch", batch, _MAX_ROWS)
-        self.cases: list[tuple[int, int]] | None = None
-        if prompt_len is not None:
-            lengths = _numbers("--prompt-len", prompt_len, _MAX_LENGTH)
-            sequences = _SEQUENCES if batch is None else [rows for rows in self.rows if rows <= _MAX_SEQUENCES]
-            self.cases = [(rows, length) for length in lengths for rows in sequences]
+        self.cases = (
+            None if prompt_len is None else self._cases(_numbers("--prompt-len", prompt_len, _MAX_LENGTH), batch)
+        )
+        if self.parts == ["attention"] and batch is not None and prompt_len is None:
+            raise InputError(
+                f"--batch {batch}: attention also needs the tokens of each sequence", remedy="add --prompt-len 1024"
+            )
+
+    def _cases(self, lengths: list[int], batch: str | None) -> list[tuple[int, int]]:
+        """Sequences and tokens of each."""
+        if "attention" not in self.parts:
+            raise InputError("--prompt-len: only attention has sequences", remedy="leave it out, or --what gemm")
+        sequences = _SEQUENCES if batch is None else [rows for rows in self.rows if rows <= _MAX_SEQUENCES]
+        if not sequences:
+            raise InputError(
+                f"--batch {batch}: attention takes at most {_MAX_SEQUENCES} sequences", remedy="pass fewer"
+            )
+        return [(rows, length) for length in lengths for rows in sequences]
 
 
 def _split(option: str, text: str) -> list[str]:
@@ -159,7 +184,6 @@ def _numbers(option: str, text: str, largest: int) -> list[int]:
 def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> ModelShape:
     """Sizes of a known name without a download; of any other model from its configuration."""
     if model is None:
-        terminal.note(f"sizes of {_DEFAULT_SHAPE}; name another model to take its sizes")
         return find_shape(_DEFAULT_SHAPE)
     if model.lower() in model_shapes() and not Path(model).exists():
         return find_shape(model)
@@ -181,7 +205,7 @@ def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> Mo
 
 
 def _open_gpu(device: str, wanted: str | None) -> int:
-    """Index of the CUDA device. Raises InputError for a GPU that is not this one, EnvironmentProblem without one."""
+    """Index of the CUDA device. Raises InputError for no CUDA device, EnvironmentProblem where it is not here."""
     import torch
 
     try:
@@ -190,23 +214,22 @@ def _open_gpu(device: str, wanted: str | None) -> int:
         raise InputError(f"--device {device}: not a device", remedy="use cuda, cuda:1, ...") from error
     if chosen.type != "cuda":
         raise InputError(f"--device {device}: the kernels run on CUDA devices only", remedy="use cuda, cuda:1, ...")
-    if torch.cuda.is_available():
-        from qoq.calib.job import check_device
-
-        check_device(device)
-        given: int | None = chosen.index
-        index = torch.cuda.current_device() if given is None else given
-        present = torch.cuda.get_device_name(index)
-    else:
-        index, present = -1, "none"
-    if wanted is not None and _plain(wanted) not in _plain(present):
-        raise InputError(
-            f"--gpu {wanted}: this machine's GPU is {present}, and figures of other GPUs cannot be projected yet",
-            remedy="leave --gpu out to measure this machine, or run qoq bench on that GPU",
-        )
-    if index < 0:
+    if not torch.cuda.is_available():
+        what = "qoq bench" if wanted is None else f"--gpu {wanted}: qoq bench"
         raise EnvironmentProblem(
-            "qoq bench measures a GPU, and PyTorch sees no CUDA device", remedy="`qoq doctor` says what is missing"
+            f"{what} measures the GPU of this machine, and PyTorch sees no CUDA device",
+            remedy="run it on a machine with a GPU; where there is one, `qoq doctor` says what is missing",
+        )
+    from qoq.calib.job import check_device
+
+    check_device(device)
+    given: int | None = chosen.index
+    index = torch.cuda.current_device() if given is None else given
+    present = torch.cuda.get_device_name(index)
+    if wanted is not None and _plain(wanted) not in _plain(present):
+        raise EnvironmentProblem(
+            f"--gpu {wanted}: the GPU here is {present}, and figures of other GPUs cannot be projected yet",
+            remedy="leave --gpu out to measure this machine, or run qoq bench on that GPU",
         )
     torch.cuda.set_device(index)
     return index

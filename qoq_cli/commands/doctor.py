@@ -20,12 +20,13 @@ from rich.text import Text
 from qoq.recipes.errors import EnvironmentProblem, InputError, QoQError
 from qoq_cli import __version__
 from qoq_cli.progress import duration, size
-from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded, print_text
 
 if TYPE_CHECKING:
     from qoq.kernels.compiler import KernelSpec
 
-_ARCHITECTURE = re.compile(r"sm_\d{2,3}[af]?")
+_ARCHITECTURE = re.compile(r"sm_(\d{1,2})(\d)[af]?")
+_OLDEST = (8, 0)
 Status = Literal["ok", "missing", "note"]
 
 
@@ -50,7 +51,11 @@ def doctor(
     ] = False,
     arch: Annotated[
         str | None,
-        typer.Option(metavar="ARCH", help="With --warm: sm_80, sm_90, ...; needs no GPU.  [default: this GPU's]"),
+        typer.Option(
+            metavar="ARCH",
+            help="With --warm: compile for sm_80 (A100), sm_89 (L40S), sm_90 (H100), ...; needs no GPU.  "
+            "[default: this GPU's]",
+        ),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -58,9 +63,11 @@ def doctor(
 ) -> None:
     """Look at Python, packages, GPU, memory and network settings, and say how to mend what is missing.
 
-    With --warm, compile the kernels instead, on all cores: a server that starts afterwards need not wait for them.
+    A line is ok, a note (worth knowing: no GPU, for one), or missing: then qoq does not run, and the exit code is 3.
 
-    Exit code 3 when something that qoq cannot do without is missing; a GPU is not needed.
+    With --warm, compile the kernels instead, on all cores: a server that starts afterwards need not wait for them. They
+    are kept in `$QOQ_CACHE/kernels` (by default under ~/.cache/qoq), by the content of their sources: an update of qoq
+    compiles what it changed. The folder can be deleted at any time.
 
     Examples: `qoq doctor`; `qoq doctor --warm checkpoints/llama-3-8b-w4a8kv4-g128`; `qoq doctor --warm --arch sm_90`.
     """
@@ -110,25 +117,33 @@ def _warm(terminal: Terminal, checkpoint: Path | None, arch: str | None) -> None
     }
     terminal.result(
         data,
-        lambda console: console.print(
-            f"{len(cubins)} kernels for {target} are in {cache_folder()} ({duration(seconds)})",
-            highlight=False,
-            soft_wrap=True,
+        lambda console: print_text(
+            console, f"{len(cubins)} kernels for {target} are in {cache_folder()} ({duration(seconds)})"
         ),
     )
 
 
 def _target(arch: str | None) -> str:
-    """The architecture to compile for. Raises InputError for no architecture, EnvironmentProblem without a GPU."""
-    if arch is not None:
-        if not _ARCHITECTURE.fullmatch(arch):
-            raise InputError(
-                f"--arch {arch}: not an architecture", remedy="use sm_80, sm_86, sm_89, sm_90, sm_100a, ..."
-            )
-        return arch
-    import torch
+    """The architecture to compile for, as launches will ask for it: sm_100 becomes sm_100a.
 
-    from qoq.kernels.launch import architecture
+    Raises InputError for no architecture or one that cannot be compiled for, EnvironmentProblem without a GPU.
+    """
+    from qoq.kernels.launch import architecture, architecture_name
+
+    if arch is not None:
+        from qoq.kernels.compiler import known_capabilities
+
+        known = [capability for capability in known_capabilities() if capability >= _OLDEST]
+        given = _ARCHITECTURE.fullmatch(arch)
+        capability = (int(given[1]), int(given[2])) if given else None
+        if capability not in known:
+            what = "not an architecture" if capability is None else "not known to this NVRTC"
+            if capability is not None and capability < _OLDEST:
+                what = "the kernels need compute capability 8.0 (sm_80, Ampere) or newer"
+            names = ", ".join(architecture_name(each) for each in known)
+            raise InputError(f"--arch {arch}: {what}", remedy=f"use one of {names}")
+        return architecture_name(capability)
+    import torch
 
     if not torch.cuda.is_available():
         raise EnvironmentProblem(
@@ -252,11 +267,15 @@ def _kernel_cache() -> Finding:
     except ImportError as error:
         return Finding("kernel cache", "note", f"not readable: {error}")
     folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     cubins = list(folder.glob("*.cubin")) if folder.is_dir() else []
-    if not cubins:
-        return Finding("kernel cache", "ok", f"{folder}: empty", "qoq doctor --warm fills it")
-    total = sum(path.stat().st_size for path in cubins)
-    return Finding("kernel cache", "ok", f"{folder}: {len(cubins)} kernels, {size(total)}")
+    held = f"{len(cubins)} kernels, {size(sum(path.stat().st_size for path in cubins))}" if cubins else "empty"
+    if not is_writable:
+        fix = "set QOQ_CACHE to a folder that can be written"
+        return Finding("kernel cache", "note", f"{folder}: {held}, and cannot be written", fix)
+    how = "" if cubins else "filled at the first use of a kernel, or now by `qoq doctor --warm`"
+    return Finding("kernel cache", "ok", f"{folder}: {held}", how)
 
 
 def _room() -> list[Finding]:

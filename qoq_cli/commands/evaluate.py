@@ -94,6 +94,8 @@ def evaluate(
         raise InputError("--backend kernels: the kernels take 8-bit activations only", remedy="leave --act-bits 16 out")
     evaluation = _Evaluation(terminal, backend, device, kv_bits, act_bits, revision, trust_remote_code)
     opened = {name: evaluation.open(name, is_baseline=name == baseline) for name in dict.fromkeys(names)}
+    if any(model.has_quantized for model in opened.values()):
+        terminal.note(f"backend of checkpoints: {evaluation.backend} ({evaluation.reason})")
     if backend == KERNELS and not any(model.facts["backend"] == KERNELS for model in opened.values()):
         raise InputError("--backend kernels: none of the models is a checkpoint", remedy="use --backend reference")
     if act_bits == 8 and not any(model.has_quantized for model in opened.values()):
@@ -128,10 +130,9 @@ class _Evaluation:
         revision: str | None,
         trust_remote_code: bool,
     ) -> None:
-        self._backend, self.device, reason = resolve_backend(backend, device)
-        if self._backend == KERNELS and act_bits == 16:
-            self._backend, reason = REFERENCE, "the kernels take 8-bit activations only"
-        terminal.note(f"backend of checkpoints: {self._backend} ({reason})")
+        self.backend, self.device, self.reason = resolve_backend(backend, device)
+        if self.backend == KERNELS and act_bits == 16:
+            self.backend, self.reason = REFERENCE, "the kernels take 8-bit activations only"
         self._must_run_kernels = backend == KERNELS
         self.terminal = terminal
         self._kv_bits, self._act_bits = kv_bits, act_bits
@@ -165,7 +166,7 @@ class _Evaluation:
             kv_bits = 16 if is_baseline else self._kv_bits or 16
             checkpoint, act_bits, weights = None, 16, "w16"
 
-        backend = self._backend if checkpoint is not None and act_bits == 8 else REFERENCE
+        backend = self.backend if checkpoint is not None and act_bits == 8 else REFERENCE
         if checkpoint is not None and self._must_run_kernels and backend != KERNELS:
             raise InputError(
                 f"--backend kernels: {name} has {act_bits}-bit activations, and the kernels take 8-bit ones only",

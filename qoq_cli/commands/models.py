@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qoq.recipes.families import all_families
@@ -21,7 +21,7 @@ def models(as_json: JsonOption = False, traceback: TracebackOption = False) -> N
     families = [{"family": family.name, "architecture": family.architecture} for family in all_families()]
 
     def render(console: Console) -> None:
-        table = Table("alias", "Hugging Face id", "family", "note")
+        table = Table("alias", Column("Hugging Face id", no_wrap=True), "family", "note")
         for alias in aliases:
             note = Text.assemble(("refused: ", "red"), alias.refused) if alias.refused else alias.note
             table.add_row(alias.name, alias.hub_id or "(embedded)", alias.family, note)

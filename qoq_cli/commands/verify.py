@@ -8,18 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from qoq.recipes.errors import CheckFailed, InputError, QoQError
 from qoq_cli.backends import KERNELS, BackendOption, resolve_backend
 from qoq_cli.model_location import builtin_texts, resolve_model
 from qoq_cli.progress import progress
-from qoq_cli.terminal import JsonOption, QuietOption, RevisionOption, Terminal, TracebackOption, TrustOption, guarded
+from qoq_cli.terminal import (
+    JsonOption,
+    QuietOption,
+    RevisionOption,
+    Terminal,
+    TracebackOption,
+    TrustOption,
+    guarded,
+    print_text,
+)
 
 if TYPE_CHECKING:
     from qoq.calib.served import ServedModel
     from qoq.kernels.gpu_verification import KernelProof
 
+_SHOWN = 20
+"""Problems that the error lists."""
 _NOT_THIS_MODEL = 0.9
 """Relative weight error of an unrelated weight is about 1; outliers can bring rounding per channel to 0.7."""
 
@@ -46,9 +56,10 @@ def verify(
     weight leaves int8, computed without wrapping; and that the packed-register arithmetic of the kernels gives exactly
     the integers meant. Exit code 1, and the tensor's name, when anything is off.
 
-    On a GPU (see --backend), every linear also goes through the CUDA kernels, with 1 to 300 tokens: integer sums must
-    equal the oracle's bit for bit, outputs must be rounded once. The activation quantizer and the bytes of the KV cache
-    must be equal too, and attention over the cache within a stated tolerance.
+    On a GPU (see --backend), every linear also goes through the CUDA kernels, with 1 to 300 tokens, and the first of
+    each shape through every kernel that could serve it: integer sums must equal the oracle's bit for bit, outputs must
+    be rounded once. The activation quantizer and the bytes of the KV cache must be equal too, and attention over the
+    cache within a stated tolerance.
 
     Examples: `qoq verify checkpoints/tiny-w4a8kv4-g128 --against tiny`; `qoq verify CKPT --backend kernels`.
     """
@@ -64,11 +75,17 @@ def verify(
         terminal.warn(warning)
     terminal.result(report, lambda console: _render(console, report))
     if report["problems"]:
-        shown = "\n".join(f"  - {problem}" for problem in report["problems"][:20])
+        shown = "\n".join(_entry(problem) for problem in report["problems"][:_SHOWN])
+        more = len(report["problems"]) - _SHOWN
+        shown += f"\n  ... and {more} more (--json lists all)" if more > 0 else ""
         raise CheckFailed(
             f"{checkpoint}: {len(report['problems'])} problem(s):\n{shown}",
             remedy="do not serve this checkpoint; copy it again or quantize the model again",
         )
+
+
+def _entry(problem: str) -> str:
+    return "  - " + problem.replace("\n", "\n    ")
 
 
 def _check(terminal: Terminal, folder: Path, trust_remote_code: bool, gpu: str | None) -> dict[str, Any]:
@@ -87,7 +104,7 @@ def _check(terminal: Terminal, folder: Path, trust_remote_code: bool, gpu: str |
     try:
         served = open_served(folder, trust_remote_code=trust_remote_code)
     except InputError as error:
-        report["problems"].append(str(error))
+        report["problems"].append(error.message)
         return report
     report["progressive"] = served.checkpoint.quantization.group_size is not None
     if gpu is None:
@@ -233,26 +250,19 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             _render_kernels(console, report["kernels"])
         margin = min((check["margin"] for check in report["linears"].values()), default=None)
         room = "" if margin is None or not report["progressive"] else f", smallest margin to int8 {margin}"
-        console.print(
-            Text("ok", "bold green"),
-            f"{report['checkpoint']}: {report['files']} files and {len(report['linears'])} quantized "
-            f"linears are right{room}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        found = f"{report['files']} files and {len(report['linears'])} quantized linears are right{room}"
+        print_text(console, f"{report['checkpoint']}: {found}", label="ok", label_style="bold green")
 
 
 def _render_kernels(console: Console, kernels: dict[str, Any]) -> None:
-    console.print(
+    print_text(
+        console,
         f"kernels on {kernels['device']}: {kernels['linears']} linears, M = "
         f"{', '.join(map(str, kernels['rows']))}: all {kernels['compared']:,} values agree with the oracle",
-        highlight=False,
-        soft_wrap=True,
     )
     for cache in kernels["caches"]:
-        console.print(
+        print_text(
+            console,
             f"KV{cache['bits']} cache, {cache['dtype']}: bytes equal; attention differs from float64 by "
             f"{cache['relative_error']:.1e} (at most {cache['tolerance']:.0e} is allowed)",
-            highlight=False,
-            soft_wrap=True,
         )

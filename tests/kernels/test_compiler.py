@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +67,36 @@ def test_many_threads_compile_one_kernel_once(root: Path, tmp_path: Path, monkey
     assert len(calls) == 1
 
 
+def test_what_is_in_the_cache_needs_neither_lock_nor_room(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a cache that another user filled, and that may only be read."""
+    first = compile_kernel(spec(), "sm_80", folder=tmp_path / "cache", root=root)
+    assert first.path.stat().st_mode & 0o444 == 0o666 & ~read_umask() & 0o444
+    monkeypatch.setattr(compiler, "FileLock", lambda _: pytest.fail("locked"))
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("made a folder"))
+    assert compile_kernel(spec(), "sm_80", folder=tmp_path / "cache", root=root) == first
+
+
+@pytest.mark.parametrize("suffix", [".json", ".cubin"])
+@pytest.mark.parametrize("damage", ["cut_short", "emptied", "altered", "gone"])
+def test_a_damaged_entry_is_compiled_again(suffix: str, damage: str, root: Path, tmp_path: Path) -> None:
+    whole = compile_kernel(spec(), "sm_80", folder=tmp_path / "cache", root=root)
+    path = whole.path.with_suffix(suffix)
+    data = path.read_bytes()
+    broken = {"cut_short": data[: len(data) // 2], "emptied": b"", "altered": b"[]" + data[2:]}
+    path.write_bytes(broken[damage]) if damage in broken else path.unlink()
+    assert compile_kernel(spec(), "sm_80", folder=tmp_path / "cache", root=root) == whole
+    assert suffix == ".json" or path.read_bytes() == data  # the log of the other holds times
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_compile_all_reports_each_and_drops_repetitions(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +118,16 @@ def test_an_error_names_file_line_and_instantiation(root: Path, tmp_path: Path) 
     assert "twice.cuh(3): error" in caught.value.message
     assert "k.cu:k<MORE=1>" in caught.value.message
     assert not list((tmp_path / "cache").glob("*.cubin"))
+
+
+def test_a_long_log_is_cut(root: Path, tmp_path: Path) -> None:
+    unknown = "\n".join(f"  x += unknown{i};" for i in range(90))
+    (root / "twice.cuh").write_text(f"#pragma once\n__device__ int twice(int x) {{\n{unknown}\n  return x;\n}}\n")
+    with pytest.raises(CompileError, match="more lines") as caught:
+        compile_kernel(spec(), "sm_80", folder=tmp_path / "cache", root=root)
+    assert len(caught.value.message.splitlines()) < 50
+    assert "twice.cuh(3): error" in caught.value.message
+    assert "qoq doctor" in str(caught.value.remedy)
 
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(root: Path, tmp_path: Path) -> None:

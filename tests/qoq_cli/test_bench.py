@@ -69,7 +69,8 @@ def test_tables_fit_80_columns(qoq: Any, measured: dict[str, Any], monkeypatch: 
         assert "measured roofline: 3060 GB/s" in outcome.stdout
         assert "Products of one llama-3-8b layer" in outcome.stdout
         assert "not measured: int8: torch._int_mm takes 17 rows or more" in outcome.stdout
-        assert ("fp8-row" in outcome.stdout) == bool(options)
+        assert ("│ fp8-row" in outcome.stdout) == bool(options), "only with rates of the baselines"
+        assert "fp8-row: torch._scaled_mm, one scale a row" in outcome.stdout
     assert "sizes of llama-3-8b" in outcome.stderr
 
 
@@ -132,7 +133,9 @@ def test_sizes_come_from_a_checkpoint_or_a_model(
         (("--device", "cpu"), "--device cpu: the kernels run on CUDA devices only"),
         (("--plot", "speed.pdf"), "--plot speed.pdf"),
         (("--plot", "no/such/speed.svg"), "no folder no/such"),
-        (("--gpu", "no-such-gpu"), "cannot be projected yet"),
+        (("--what", "attention", "--batch", "32"), "--batch 32: attention also needs the tokens of each sequence"),
+        (("--what", "gemm", "--prompt-len", "1024"), "--prompt-len: only attention has sequences"),
+        (("--batch", "8192", "--prompt-len", "1024"), "attention takes at most 4096 sequences"),
         (("no-such-model",), "no-such-model"),
     ],
 )
@@ -145,7 +148,18 @@ def test_wrong_options_are_named(args: tuple[str, ...], words: str, qoq: Any) ->
 
 def test_without_a_gpu_it_says_so(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "qoq bench measures a GPU" in fails(3, "bench")
+    assert "qoq bench measures the GPU of this machine" in fails(3, "bench")
+    assert "--gpu l40s: qoq bench measures the GPU of this machine" in fails(3, "bench", "--gpu", "l40s")
+
+
+def test_another_gpu_is_not_measured(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("qoq.calib.job.check_device", lambda device: None)
+    error = fails(3, "bench", "--gpu", "L40S")
+    assert "--gpu L40S: the GPU here is NVIDIA H100 80GB HBM3" in error
+    assert "cannot be projected yet" in error
 
 
 def test_without_matplotlib_a_plot_is_refused_before_measuring(

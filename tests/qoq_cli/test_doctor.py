@@ -13,6 +13,9 @@ from qoq.kernels.compiler import Cubin, KernelSpec, Resources
 from qoq.recipes.errors import EnvironmentProblem
 from qoq_cli.commands import doctor
 
+KNOWN = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+"""Compute capabilities of the compiler."""
+
 
 def findings(qoq: Any) -> dict[str, dict[str, str]]:
     return {finding["what"]: finding for finding in qoq("doctor", "--json").json["findings"]}
@@ -25,6 +28,14 @@ def test_the_kernel_cache_is_described(qoq: Any, tmp_path: Path, monkeypatch: py
     for name in ("a.cubin", "b.cubin", "a.json"):
         (tmp_path / "kernels" / name).write_bytes(bytes(1500))
     assert f"{tmp_path / 'kernels'}: 2 kernels, 3.0 kB" in findings(qoq)["kernel cache"]["detail"]
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(qoq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QOQ_CACHE", str(tmp_path / "file" / "cache"))
+    found = findings(qoq)["kernel cache"]
+    assert (found["status"], "cannot be written" in found["detail"]) == ("note", True)
+    assert "QOQ_CACHE" in found["fix"]
 
 
 def fake_packages(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], cuda: str | None) -> None:
@@ -86,6 +97,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
 
     monkeypatch.setenv("QOQ_CACHE", str(tmp_path))
     monkeypatch.setattr("qoq.kernels.compiler.compile_all", compile_all)
+    monkeypatch.setattr("qoq.kernels.compiler.known_capabilities", lambda: KNOWN)
     return done
 
 
@@ -113,6 +125,14 @@ def test_warm_compiles_what_a_checkpoint_needs(
     assert {label.partition("OUT_FORMAT=")[2][0] for label in gemms} == {"0", "2"}, "float16, and sums for verify"
 
 
+@pytest.mark.parametrize(("given", "meant"), [("sm_100", "sm_100a"), ("sm_120f", "sm_120a"), ("sm_90a", "sm_90")])
+def test_warm_compiles_what_launches_will_ask_for(
+    given: str, meant: str, qoq: Any, compiled: list[tuple[str, str]]
+) -> None:
+    assert qoq("doctor", "--warm", "--arch", given, "--json").json["architecture"] == meant
+    assert {arch for _, arch in compiled} == {meant}
+
+
 def test_spills_are_warned_of(qoq: Any, compiled: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = KernelSpec("spills.cu", "entry", (), 32)
     monkeypatch.setattr("qoq.kernels.warm.needed_specs", lambda *args: [spec])
@@ -123,7 +143,11 @@ def test_spills_are_warned_of(qoq: Any, compiled: list[tuple[str, str]], monkeyp
 
 def test_warm_needs_a_gpu_or_an_architecture(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("qoq.kernels.compiler.known_capabilities", lambda: KNOWN)
     assert "--arch sm_90" in fails(3, "doctor", "--warm")
+    assert "use one of sm_80, sm_86" in fails(2, "doctor", "--warm", "--arch", "sm_75")
+    assert "8.0 (sm_80, Ampere) or newer" in fails(2, "doctor", "--warm", "--arch", "sm_75")
+    assert "--arch sm_999: not known to this NVRTC" in fails(2, "doctor", "--warm", "--arch", "sm_999")
     assert "--arch hopper: not an architecture" in fails(2, "doctor", "--warm", "--arch", "hopper")
     assert "--arch sm_90: only --warm takes it" in fails(2, "doctor", "--arch", "sm_90")
     assert "only --warm takes it" in fails(2, "doctor", "some/checkpoint")
