@@ -15,6 +15,8 @@ import math
 import statistics
 import sys
 import time
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ TOKENS: dict[WeightFormat, list[int]] = {
     "int8": [16, 64, 128, 256, 1024, 4096],
 }
 """Values of M that are measured; each row serves up to its own, the last one any."""
+WEIGHTS = list(TOKENS)
 ROTATED_BYTES = 256 << 20
 
 
@@ -122,8 +125,6 @@ def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
         if (tile.block_m > 16 and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 64):
             continue
         for stream in (True, False):
-            if stream and m > 2048:
-                continue
             found[f"{name}/{'stream' if stream else 'tiles'}"] = GemmChoice(tile, stream, "tuning")
     return found
 
@@ -135,12 +136,24 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join(["{", ' "tiles": {', ",\n".join(tiles), " },", ' "measured": [', ",\n".join(rows), " ]", "}", ""])
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows instead of the old ones of their problem, but for those that serve smaller M than any that is new."""
+    problem = itemgetter("architecture", "weights", "n", "k")
+
+    def largest(row: dict[str, Any]) -> float:
+        return math.inf if row["max_m"] is None else row["max_m"]
+
+    first = {key: min(map(largest, rows)) for key, rows in groupby(sorted(new, key=problem), problem)}
+    kept = [row for row in old if problem(row) not in first or largest(row) < first[problem(row)]]
+    return sorted(kept + new, key=lambda row: (WEIGHTS.index(row["weights"]), problem(row), largest(row)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the best into kernels/tables/gemm.json")
     parser.add_argument("--log", type=Path, help="all measurements as JSON")
     parser.add_argument("--weights", default="g128,per_channel,int8")
-    parser.add_argument("--tokens", help="values of M for every format, instead of those it has")
+    parser.add_argument("--tokens", help="only these M, for every format; rows for smaller ones stay")
     parser.add_argument("--seconds", type=float, default=600, help="stop measuring after this long")
     arguments = parser.parse_args()
     arch = architecture(torch.cuda.current_device())
@@ -186,8 +199,7 @@ def main() -> None:
         arguments.log.write_text(json.dumps(log, indent=1))
     if arguments.write:
         table = gemm_table()
-        others = [r for r in table["measured"] if not (r["architecture"] == arch and r["weights"] in formats)]
-        GEMM_TABLE.write_text(as_text({**table, "measured": others + rows}))
+        GEMM_TABLE.write_text(as_text({**table, "measured": merged(table["measured"], rows)}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Attention over the paged KV4 or KV8 cache.
+"""Attention of one new token a sequence over the paged KV4 or KV8 cache.
 
     qoq::paged_decode_attention   one new token a sequence, straight from the codes (cuda/sm80/decode_attention.cu)
-    extend_attention              any number of new tokens a sequence: few go through the kernel above, each as a row of
-                                  its own; for more, pages are dequantized into a bounded scratch for PyTorch's flash
-                                  attention, and where a sequence needs more than one scratch, the parts are merged by
-                                  their log-sum-exp (`extend_plan` decides)
+
+Several new tokens a sequence: `extend`, which uses the same kernel for few.
 
 Keys and values are those after the round trip through the cache (`formats.arithmetic.kv_round_trip`), in every path.
 Queries, probabilities and outputs are 16-bit; sums are float32. Against float64 over the same codes the decode kernel
@@ -15,19 +13,14 @@ to float16 and of the output. Queries may be as large as 2^120, scales and zeros
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qoq.kernels.compiler import KernelSpec
 from qoq.kernels.decode_plan import COLUMNS, FORMATS, DecodeShape, combine_spec, decode_spec
-from qoq.kernels.extend_plan import DecodeRow, Item, KeyRange, plan_extend
 from qoq.kernels.launch import architecture, load_kernel, num_sms
 from qoq.kernels.layouts import BLOCK_TOKENS, HEAD_DIMS, KV_BITS, PAGE_SIZE, check_page_shape, page_bytes
-
-DEFAULT_SCRATCH_BYTES = 256 << 20
-"""Dequantized keys and values that `extend_attention` holds at a time."""
 
 _INT_MAX = 2**31 - 1
 
@@ -88,7 +81,7 @@ def run_decode(
     out: Tensor | None = None,
     blocks: int | None = None,
 ) -> Tensor:
-    """Check the operands and launch both kernels. For tests: `out` contiguous [B, H, D], and the number of `blocks`."""
+    """Check the operands and launch both kernels; `out`: contiguous [B, H, D]; `blocks`: how many, for tests."""
     shape = check_decode_operands(query, kv_pages, page_table, kv_lens, scale, bits, window)
     if out is None:
         out = query.new_empty(query.shape)
@@ -116,7 +109,7 @@ def check_decode_operands(
     query: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, scale: float, bits: int, window: int
 ) -> DecodeShape:
     """The sizes of a decode step. Raises ValueError for operands that the kernels cannot take."""
-    _check_cache(query, kv_pages, page_table, scale, bits, window)
+    check_cache(query, kv_pages, page_table, scale, bits, window)
     sequences, heads, head_dim = query.shape
     shape = DecodeShape.of(sequences, heads, kv_pages.shape[1], head_dim)
     if page_table.shape[0] != sequences:
@@ -131,7 +124,8 @@ def check_decode_operands(
     return shape
 
 
-def _check_cache(query: Tensor, kv_pages: Tensor, page_table: Tensor, scale: float, bits: int, window: int) -> None:
+def check_cache(query: Tensor, kv_pages: Tensor, page_table: Tensor, scale: float, bits: int, window: int) -> None:
+    """Raise ValueError for queries [rows, heads, D] and a cache that attention cannot take, whatever the lengths."""
     if query.dtype not in FORMATS or query.ndim != 3:
         raise ValueError(f"query: expected torch.float16 or torch.bfloat16 [rows, heads, D], got {_form(query)}")
     rows, heads, head_dim = query.shape
@@ -165,173 +159,3 @@ def _check_cache(query: Tensor, kv_pages: Tensor, page_table: Tensor, scale: flo
 
 def _form(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def extend_attention(
-    query: Tensor,
-    kv_pages: Tensor,
-    page_table: Tensor,
-    new_lens: Sequence[int],
-    kv_lens: Sequence[int],
-    scale: float,
-    bits: int,
-    window: int | None = None,
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-) -> Tensor:
-    """Causal attention of new tokens to the cache that already holds them: [T, H, D] in query's dtype.
-
-    query         float16 or bfloat16 [T, H, D], the new tokens of all sequences one after the other
-    page_table    int32 [B, max_pages];  kv_pages, bits as in `paged_decode_attention`
-    new_lens      how many new tokens each sequence has (their sum is T);  kv_lens its tokens, the new ones included
-    window        each token attends to the last `window` tokens up to itself; None or 0 for all
-    scratch_bytes dequantized keys and values held at a time
-
-    Not for CUDA graphs: lengths are the host's. Raises ValueError for operands of another form, or a scratch that
-    cannot hold the window.
-    """
-    window = window or 0
-    _check_cache(query, kv_pages, page_table, scale, bits, window)
-    check_lens(new_lens, kv_lens, query.shape[0], page_table.shape[0], page_table.shape[1] * PAGE_SIZE)
-    kv_heads, head_dim = kv_pages.shape[1], query.shape[2]
-    page_scratch = 2 * PAGE_SIZE * kv_heads * head_dim * query.element_size()
-    plan = plan_extend(new_lens, kv_lens, window, scratch_bytes // page_scratch)
-    if plan.pages_needed:
-        raise ValueError(
-            f"scratch_bytes: expected at least {plan.pages_needed * page_scratch} (window {window}), "
-            f"got {scratch_bytes}"
-        )
-
-    def attend(
-        rows: Tensor, ranges: Sequence[KeyRange], row_lens: Sequence[int], causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        key, value = _gather(kv_pages, page_table, ranges, head_dim, bits, query.dtype)
-        key_lens = [keys.end - keys.start for keys in ranges]
-        return _flash(rows, key, value, row_lens, key_lens, scale, causal, window if causal else 0)
-
-    output = query.new_empty(query.shape)
-    if plan.decode:
-        _decode_rows(output, query, kv_pages, page_table, plan.decode, scale, bits, window)
-    for batch in plan.batches:
-        values, sums = attend(_rows_of(query, batch), [i.keys for i in batch], [i.rows for i in batch], True)
-        start = 0
-        for item in batch:
-            part, part_sums = values[start : start + item.rows], sums[:, start : start + item.rows]
-            rows = slice(item.first_row, item.first_row + item.rows)
-            for keys in item.history:
-                other = attend(query[rows], [keys], [item.rows], False)
-                part, part_sums = merge_by_lse(part, part_sums, *other)
-            output[rows] = part
-            start += item.rows
-    return output
-
-
-def check_lens(new_lens: Sequence[int], kv_lens: Sequence[int], rows: int, sequences: int, max_tokens: int) -> None:
-    """Raise ValueError where lengths of sequences do not fit each other, the `rows` of queries or the page table."""
-    if len(new_lens) != sequences or len(kv_lens) != sequences:
-        raise ValueError(
-            f"new_lens, kv_lens: expected {sequences} each, one a row of page_table, "
-            f"got {len(new_lens)}, {len(kv_lens)}"
-        )
-    for i, (new, total) in enumerate(zip(new_lens, kv_lens, strict=True)):
-        if not 0 <= new <= total <= max_tokens:
-            raise ValueError(
-                f"sequence {i}: {new} new tokens of {total}, expected 0 <= new <= all <= {max_tokens} (page_table)"
-            )
-    if sum(new_lens) != rows:
-        raise ValueError(f"new_lens: the sum is {sum(new_lens)}, query has {rows} rows")
-
-
-def merge_by_lse(values: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys as one: float32 [T, H, D] and the log-sum-exp float32 [H, T].
-
-    values and other [T, H, D] are the attention over each set, sums and other_sums [H, T] their log-sum-exps; neither
-    set is empty for any token.
-    """
-    both = torch.logaddexp(sums, other_sums)
-    share, other_share = ((part - both).exp().t().unsqueeze(2) for part in (sums, other_sums))
-    return values.float() * share + other.float() * other_share, both
-
-
-def _rows_of(query: Tensor, batch: Sequence[Item]) -> Tensor:
-    """Queries of a batch one after the other; without a copy where they lie so."""
-    first, rows = batch[0].first_row, sum(item.rows for item in batch)
-    if batch[-1].first_row + batch[-1].rows - first == rows:
-        return query[first : first + rows]
-    return torch.cat([query[item.first_row : item.first_row + item.rows] for item in batch])
-
-
-def _decode_rows(
-    output: Tensor,
-    query: Tensor,
-    kv_pages: Tensor,
-    page_table: Tensor,
-    decode: Sequence[DecodeRow],
-    scale: float,
-    bits: int,
-    window: int,
-) -> None:
-    """Write the rows that go through the decode kernel into output."""
-    numbers = torch.tensor([[d.row, d.sequence, d.kv_len] for d in decode], dtype=torch.int32, device=query.device)
-    rows, sequences, kv_lens = numbers.t().contiguous()
-    tables = page_table.index_select(0, sequences)
-    output[rows.long()] = torch.ops.qoq.paged_decode_attention(
-        query.index_select(0, rows), kv_pages, tables, kv_lens, scale, bits, window
-    )
-
-
-def _gather(
-    kv_pages: Tensor,
-    page_table: Tensor,
-    ranges: Sequence[KeyRange],
-    head_dim: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [tokens, KV heads, D] of whole pages, those of each range after those of the one before."""
-    places = [
-        keys.sequence * page_table.shape[1] + page
-        for keys in ranges
-        for page in range(keys.start // PAGE_SIZE, keys.end_page)
-    ]
-    page_ids = page_table.view(-1).index_select(0, torch.tensor(places, device=page_table.device))
-    key, value = torch.ops.qoq.gather_kv(kv_pages, page_ids, head_dim, bits, dtype)
-    return key, value
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_lens: Sequence[int],
-    key_lens: Sequence[int],
-    scale: float,
-    causal: bool,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention: [T, H, D] and the log-sum-exp float32 [H, T].
-
-    Keys of each sequence begin at a page of their own. With `causal` the last row of a sequence sees its last key.
-    """
-    row_ends, key_ends = [0], [0]
-    for rows, keys in zip(row_lens, key_lens, strict=True):
-        row_ends.append(row_ends[-1] + rows)
-        key_ends.append(key_ends[-1] + math.ceil(keys / PAGE_SIZE) * PAGE_SIZE)
-    count = len(row_ends)
-    numbers = torch.tensor([*row_ends, *key_ends, *key_lens], dtype=torch.int32, device=query.device)
-    output, sums, *_ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        numbers[:count],
-        numbers[count : 2 * count],
-        max(row_lens),
-        max(key_lens),
-        0.0,
-        causal,
-        False,
-        scale=scale,
-        window_size_left=window - 1 if window else None,
-        window_size_right=0 if window else None,
-        seqused_k=numbers[2 * count :],
-    )
-    return output, sums

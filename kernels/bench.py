@@ -17,7 +17,7 @@ from qoq.kernels.compiler import KernelSpec
 from qoq.kernels.dispatch import WeightFormat, choose_gemm
 from qoq.kernels.random_weights import random_act_codes, random_packed_linear
 from qoq.kernels.roofline import Roofline
-from qoq.kernels.timing import Timing, Variant, copies_beyond_cache, measure
+from qoq.kernels.timing import REST, Timing, Variant, copies_beyond_cache, measure
 from qoq.recipes.errors import EnvironmentProblem
 from qoq.recipes.schema import GROUP_SIZE
 
@@ -120,6 +120,7 @@ def bench_gemms(
     roofline: Roofline,
     *,
     repeat: int = 20,
+    rest: float = REST,
     seed: int = 0,
     on_step: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> GemmReport:
@@ -137,7 +138,7 @@ def bench_gemms(
         problem = GemmProblem(n, k, variants, generator)
         for j, m in enumerate(rows):
             on_step(i * len(rows) + j, total, f"{gemm} {n} x {k}, M = {m}")
-            measured = measure(list(problem.variants(m, report.skipped)), repeat=repeat)
+            measured = measure(list(problem.variants(m, report.skipped)), repeat=repeat, rest=rest)
             for name, timing in measured.timings.items():
                 rates = Rates.of(
                     timing,

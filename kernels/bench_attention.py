@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qoq.kernels.bench import Rates
 from qoq.kernels.layouts import PAGE_SIZE, page_bytes
 from qoq.kernels.roofline import Roofline
-from qoq.kernels.timing import Timing, Variant, copies_beyond_cache, measure
+from qoq.kernels.timing import REST, Timing, Variant, copies_beyond_cache, measure
 from qoq.recipes.shapes import ModelShape
 
 ATTENTION_VARIANTS = ("kv4", "kv8", "sdpa-fp16", "sdpa-bf16")
@@ -61,6 +61,7 @@ def bench_attention(
     roofline: Roofline,
     *,
     repeat: int = 20,
+    rest: float = REST,
     seed: int = 0,
     on_step: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> AttentionReport:
@@ -78,7 +79,7 @@ def bench_attention(
         torch.cuda.empty_cache()
         case = f"B = {batch}, L = {length}"
         candidates = list(_variants(shape, batch, length, variants, generator, case, report.skipped))
-        measured = measure(candidates, repeat=repeat)
+        measured = measure(candidates, repeat=repeat, rest=rest)
         del candidates
         for variant in variants:
             # A 16-bit variant was timed once a backend: the fastest counts.

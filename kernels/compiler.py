@@ -167,8 +167,10 @@ def _compile(
     names = [name.encode() for name in closure.headers]
     texts = [text.encode() for text in closure.headers.values()]
     program = nvrtc.createProgram(closure.text, closure.name, texts, names)
+    # A kernel from NVRTC's own cache (12.9 and later) comes without the assembler's log.
+    uncached = ["--no-cache"] if nvrtc.getVersion() >= (12, 9) else []
     try:
-        nvrtc.compileProgram(program, list(options))
+        nvrtc.compileProgram(program, [*options, *uncached])
         return _whole_elf(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         log = _excerpt(nvrtc.getProgramLog(program))

@@ -110,16 +110,19 @@ def _gemm_spec(tile: GemmTile, architecture: str, weights: WeightFormat, out: Ou
 
 @dataclass(frozen=True)
 class Share:
-    """Blocks of a launch; with "stream" each has units_each steps of a tile, and the first `longer` blocks one more."""
+    """Blocks of a launch. They take the first `whole` tiles in turns; of the steps of the others each has units_each,
+    and the first `longer` blocks one more."""
 
     blocks: int
+    whole: int
     units_each: int
     longer: int
 
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """A tile, how its tiles are shared out ("stream": every block gets the same number of steps), and why."""
+    """A tile, how tiles are shared out ("stream": those that do not fill a round of all blocks are cut, and every block
+    gets the same number of their steps), and why."""
 
     tile: GemmTile
     stream: bool
@@ -130,10 +133,11 @@ class GemmChoice:
         tiles = math.ceil(n / self.tile.block_n) * math.ceil(m / self.tile.block_m)
         blocks, _ = self.tile.resident(architecture, weights)
         if not self.stream:
-            return Share(min(num_sms * blocks, tiles), 0, 0)
-        units = tiles * math.ceil(k / (GROUP_SIZE * self.tile.groups))
-        grid = min(num_sms * blocks, units)
-        return Share(grid, *divmod(units, grid))
+            return Share(min(num_sms * blocks, tiles), tiles, 0, 0)
+        steps = math.ceil(k / (GROUP_SIZE * self.tile.groups))
+        grid = min(num_sms * blocks, tiles * steps)
+        whole = tiles // grid * grid
+        return Share(grid, whole, *divmod((tiles - whole) * steps, grid))
 
 
 def choose_gemm(architecture: str, weights: WeightFormat, m: int, n: int, k: int) -> GemmChoice:

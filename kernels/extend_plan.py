@@ -1,13 +1,21 @@
 """How attention of several new tokens a sequence is cut into calls, as data: nothing is launched here.
 
 A sequence with few new tokens goes through the decode kernel, each token as a row with its own length. For the others,
-keys and values are dequantized page by page into a scratch that holds `capacity` pages, and a call attends to what the
-scratch holds. Sequences share a call where their pages fit together. One that does not fit is cut:
+keys and values are dequantized page by page into a scratch that holds `capacity` pages, and calls of flash attention
+attend to what the scratch holds. Sequences share a scratch, and its calls, where their pages fit together:
+
+    plain    one causal call. A block of flash attention computes a tile of rows of one head against all keys, so few
+             new tokens leave tiles, and few tiles leave the GPU, partly idle
+    packed   what all rows of a sequence see, the keys before its new tokens, in a call without a mask, which may take
+             the query heads of a KV head for rows of one head, and each range of keys for a sequence of its own. A
+             causal call for the new tokens follows, and a merge by log-sum-exp
+
+One that does not fit is cut:
 
     new tokens   into equal items, so that the keys from an item's first new token on fit the scratch (with a window:
                  all keys that it sees)
-    history      an item's call sees the last `capacity` pages; what lies before, all of which every token of the item
-                 sees, follows in calls of its own that are merged by log-sum-exp
+    history      the scratch holds the last `capacity` pages that an item sees; what lies before, all of which every
+                 token of the item sees, follows a scratch at a time, merged by log-sum-exp
 """
 
 from __future__ import annotations
@@ -18,8 +26,33 @@ from dataclasses import dataclass
 
 from qoq.kernels.layouts import PAGE_SIZE
 
-DECODE_ROWS = 4
-"""Up to so many new tokens, a sequence goes through the decode kernel, which reads its pages once a token."""
+# Costs on an H100 with Llama-3-8B's 32 query heads of 128 on 8 KV heads, in nanoseconds a token of history: the decode
+# kernel 0.5 a row; dequantizing 1.7; flash attention 6.9 for up to 128 rows, or up to 32 packed ones, where the GPU is
+# busy, and 33 for a block of it however few there are. Packing adds some 50 us of small operations.
+
+DECODE_ROWS = 16
+"""Up to so many new tokens, a sequence goes through the decode kernel, which reads its pages once a token: as much as
+dequantizing and plain flash attention, or as the small operations where packing pays."""
+
+CROWDED_DECODE_ROWS = 8
+"""The same where more than `CROWD` sequences can share those small operations."""
+
+CROWD = 2
+
+PACKED_HISTORY = 4096
+"""Tokens before the new ones from which on packing may pay: what a block attends to in 130 us."""
+
+FLASH_TILE_ROWS = 128
+"""Rows that a block of flash attention computes, or leaves idle."""
+
+BUSY_BLOCKS = 256
+"""Blocks of flash attention that keep a GPU busy: some two on each of an H100's 132 processors."""
+
+PART_KEYS = 256
+"""Keys of a part, at least."""
+
+PACKED_WORK = 0.75
+"""Packing pays on a busy GPU where it leaves at most this share of the tiles."""
 
 
 @dataclass(frozen=True)
@@ -58,37 +91,77 @@ class Item:
     keys: KeyRange
     history: tuple[KeyRange, ...] = ()
 
+    @property
+    def before(self) -> int:
+        """Keys in the scratch before the rows' own."""
+        return self.keys.end - self.keys.start - self.rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items that share a scratch; one with a history has it for itself. `parts`: ranges of keys for packed calls that
+    keep the GPU busy; 0 for plain ones."""
+
+    items: tuple[Item, ...]
+    parts: int = 0
+
 
 @dataclass(frozen=True)
 class ExtendPlan:
-    """Rows for the decode kernel, and batches of items that share a call. Where a window does not fit the scratch
-    there is no plan, and `pages_needed` is the capacity that would do."""
+    """Rows for the decode kernel, and batches. Where a window does not fit the scratch there is no plan, and
+    `pages_needed` is the capacity that would do."""
 
     decode: tuple[DecodeRow, ...] = ()
-    batches: tuple[tuple[Item, ...], ...] = ()
+    batches: tuple[Batch, ...] = ()
     pages_needed: int = 0
 
 
-def plan_extend(new_lens: Sequence[int], kv_lens: Sequence[int], window: int, capacity: int) -> ExtendPlan:
+@dataclass(frozen=True)
+class Heads:
+    """How many heads queries have, and keys and values."""
+
+    query: int
+    kv: int
+
+
+def plan_extend(
+    new_lens: Sequence[int], kv_lens: Sequence[int], window: int, capacity: int, heads: Heads
+) -> ExtendPlan:
     """Cut the new tokens of sequences into calls.
 
     new_lens, kv_lens: new tokens of each sequence, and all of its tokens; window 0 for none; capacity: pages.
     """
     decode: list[DecodeRow] = []
-    items: list[Item] = []
+    items: dict[bool, list[Item]] = {False: [], True: []}  # by whether a history is worth packing
+    spans = [window - 1 if 0 < window < total else None for total in kv_lens]
+    packable = [
+        span is None and total - new >= PACKED_HISTORY
+        for new, total, span in zip(new_lens, kv_lens, spans, strict=True)
+    ]
+    crowd = sum(packs and new > CROWDED_DECODE_ROWS for new, packs in zip(new_lens, packable, strict=True))
     row = 0
-    for sequence, (new, total) in enumerate(zip(new_lens, kv_lens, strict=True)):
+    for sequence, (new, total, span, packs) in enumerate(zip(new_lens, kv_lens, spans, packable, strict=True)):
         history = total - new
-        if new <= DECODE_ROWS:
+        if new <= (CROWDED_DECODE_ROWS if packs and crowd > CROWD else DECODE_ROWS):
             decode += [DecodeRow(row + i, sequence, history + i + 1) for i in range(new)]
         else:
-            span = window - 1 if 0 < window < total else None
             needed = math.ceil(((span or 0) + 1) / PAGE_SIZE) + 1
             if capacity < needed:
                 return ExtendPlan(pages_needed=needed)
-            items += _items_of(sequence, row, new, history, span, capacity)
+            items[packs] += _items_of(sequence, row, new, history, span, capacity)
         row += new
-    return ExtendPlan(tuple(decode), tuple(_batches(items, capacity)))
+    plain = [Batch(shared) for shared in _share_scratch(items[False], capacity)]
+    packed = [Batch(shared, _parts(shared, heads)) for shared in _share_scratch(items[True], capacity)]
+    return ExtendPlan(tuple(decode), (*plain, *packed))
+
+
+def _parts(items: Sequence[Item], heads: Heads) -> int:
+    share = heads.query // heads.kv
+    plain = heads.query * sum(math.ceil(item.rows / FLASH_TILE_ROWS) for item in items)
+    packed = heads.kv * sum(math.ceil(item.rows * share / FLASH_TILE_ROWS) for item in items)
+    if plain >= BUSY_BLOCKS // 2 and packed > PACKED_WORK * plain:
+        return 0
+    return max(1, BUSY_BLOCKS // packed)
 
 
 def _items_of(sequence: int, row: int, new: int, history: int, span: int | None, capacity: int) -> Iterator[Item]:
@@ -112,7 +185,7 @@ def _items_of(sequence: int, row: int, new: int, history: int, span: int | None,
         yield Item(row + first, last - first, keys, earlier)
 
 
-def _batches(items: Sequence[Item], capacity: int) -> Iterator[tuple[Item, ...]]:
+def _share_scratch(items: Sequence[Item], capacity: int) -> Iterator[tuple[Item, ...]]:
     batch: list[Item] = []
     pages = 0
     for item in items:

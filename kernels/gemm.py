@@ -166,7 +166,7 @@ def run_gemm(
                 m,
                 n,
                 k,
-                int(choice.stream),
+                share.whole,
                 share.units_each,
                 share.longer,
             ),

@@ -3,12 +3,15 @@
 A graph takes Python and launch costs out of the measurement (kernels are still launched one after the other, without
 programmatic dependent launch). A train rotates over copies of its data that together exceed the L2 cache. Variants take
 turns, train by train, because the clock of a card falls as it heats up: whoever is measured later would look slower.
+After each train the GPU rests. Large products draw more power than a card may use for long, so that without rests the
+clock of each variant would depend on what its neighbours draw.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +20,10 @@ import torch
 
 TRAIN_US = 1000.0
 """A train lasts at least this long, so that starting it does not count."""
+REST = 3.0
+"""After a train the GPU idles this many times as long: on average it then draws a quarter of its load."""
 _MAX_CALLS = 1024
+_HEAD_START_CYCLES = 100_000
 _CACHES = 4
 """Copies together are this many times the L2 cache, whose replacement is not strictly oldest first."""
 
@@ -54,8 +60,11 @@ class Measurement:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def measure(variants: Sequence[Variant], *, repeat: int = 20, train_us: float = TRAIN_US) -> Measurement:
-    """Time `variants` on the current CUDA device, `repeat` trains each, in turns.
+def measure(
+    variants: Sequence[Variant], *, repeat: int = 20, train_us: float = TRAIN_US, rest: float = REST
+) -> Measurement:
+    """Time `variants` on the current CUDA device, `repeat` trains each, in turns, each followed by `rest` times its
+    length without work (0: trains follow each other, and the GPU is under full load).
 
     Each variant's first calls, outside the measurement, compile and load what it needs.
     """
@@ -76,7 +85,7 @@ def measure(variants: Sequence[Variant], *, repeat: int = 20, train_us: float = 
     for turn in range(repeat if names else 0):
         start = turn % len(names)
         order = names[start:] + names[:start]
-        for name, elapsed in zip(order, time_trains([trains[name] for name in order]), strict=True):
+        for name, elapsed in zip(order, time_trains([trains[name] for name in order], rest=rest), strict=True):
             samples[name].append(elapsed / trains[name].calls)
     result.timings.update({name: summarize(values, trains[name].calls) for name, values in samples.items()})
     return result
@@ -134,14 +143,20 @@ def capture(variant: Variant, calls: int) -> Train:
     return Train(graph, calls)
 
 
-def time_trains(trains: Sequence[Train]) -> list[float]:
-    """Microseconds of each train, replayed one after the other while the GPU stays busy."""
+def time_trains(trains: Sequence[Train], *, rest: float = 0.0) -> list[float]:
+    """Microseconds of each train, replayed one after the other; the GPU stays busy, or rests after each."""
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in trains] for _ in range(2))
-    trains[-1].graph.replay()  # untimed: while it runs, the host gets ahead of the GPU
+    if not rest:
+        trains[-1].graph.replay()  # untimed: while it runs, the host gets ahead of the GPU
     for train, start, end in zip(trains, starts, ends, strict=True):
+        if rest:
+            torch.cuda._sleep(_HEAD_START_CYCLES)  # the same, on a GPU that is idle
         start.record()
         train.graph.replay()
         end.record()
+        if rest:
+            end.synchronize()
+            time.sleep(rest * float(start.elapsed_time(end)) * 1e-3)
     torch.cuda.synchronize()
     return [1000.0 * float(start.elapsed_time(end)) for start, end in zip(starts, ends, strict=True)]
 

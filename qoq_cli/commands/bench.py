@@ -32,7 +32,7 @@ _AGAINST = {
 }
 _ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 _SEQUENCES = (1, 16, 64, 128)
-_MAX_ROWS, _MAX_SEQUENCES, _MAX_LENGTH = 65536, 4096, 1 << 20
+_MAX_ROWS, _MAX_SEQUENCES, _MAX_LENGTH, _MAX_REST = 65536, 4096, 1 << 20, 100
 
 
 @guarded
@@ -73,6 +73,14 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="Run only if the GPU is this one: h100, l40s, ...")
     ] = None,
     repeat: Annotated[int, typer.Option(metavar="N", help="Measurements of each variant, in turns.")] = 20,
+    rest: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="After each measurement the GPU idles X times as long; 0 shows it under sustained load, where large "
+            "products meet its power limit.",
+        ),
+    ] = 3.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws weights, inputs and caches.")] = 0,
     details: Annotated[
         bool, typer.Option("--details", help="Print rates of the baselines too, not just ours.")
@@ -88,7 +96,7 @@ def bench(
 
     The products of one decoder layer (qkv, o, gate_up, down), and one decode step of attention over a paged KV4 or KV8
     cache. Random data in MODEL's sizes; no weights are read. Calls run from CUDA graphs over more data than the L2
-    cache holds; variants take turns.
+    cache holds; variants take turns, and the GPU rests in between (--rest).
 
     Times are medians, with their 10th to 90th percentile. The last column compares them with the best that this GPU
     could do (its roofline): the bytes that must move at the measured bandwidth, or the operations at the measured peak,
@@ -98,7 +106,7 @@ def bench(
     `qoq bench --what attention --batch 32 --prompt-len 2048 --json`.
     """
     terminal = Terminal(as_json, quiet)
-    plan = _Plan(what, batch, prompt_len, against, repeat)
+    plan = _Plan(what, batch, prompt_len, against, repeat, rest)
     if plot is not None:
         from qoq_cli.bench_plot import check_plot
 
@@ -122,10 +130,14 @@ def bench(
 class _Plan:
     """The options, checked. Raises InputError that names the option."""
 
-    def __init__(self, what: str, batch: str | None, prompt_len: str | None, against: str, repeat: int) -> None:
+    def __init__(
+        self, what: str, batch: str | None, prompt_len: str | None, against: str, repeat: int, rest: float
+    ) -> None:
         if repeat < 1:
             raise InputError(f"--repeat {repeat}: too small", remedy="pass at least 1")
-        self.repeat = repeat
+        if not 0 <= rest <= _MAX_REST:
+            raise InputError(f"--rest {rest}: out of range", remedy=f"pass 0 to {_MAX_REST}")
+        self.repeat, self.rest = repeat, rest
         parts = _split("--what", what)
         for part in parts:
             if part in _LATER:
@@ -253,6 +265,7 @@ def _run(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int, seed: i
         "gpu": asdict(read_facts(index)),
         "seed": seed,
         "repeat": plan.repeat,
+        "rest": plan.rest,
         "shape": asdict(shape),
         "roofline": asdict(roofline),
     }
@@ -270,7 +283,14 @@ def _gemms(terminal: Terminal, plan: _Plan, shape: ModelShape, roofline: Rooflin
     gemms = shape.layer_gemms()
     with progress(terminal, "products") as update:
         report = bench_gemms(
-            gemms, plan.rows, plan.gemm_variants, roofline, repeat=plan.repeat, seed=seed, on_step=update
+            gemms,
+            plan.rows,
+            plan.gemm_variants,
+            roofline,
+            repeat=plan.repeat,
+            rest=plan.rest,
+            seed=seed,
+            on_step=update,
         )
     layers = [
         {"m": m, "variant": variant, "us": report.layer_us(m, variant, gemms)}
@@ -294,6 +314,7 @@ def _attention(terminal: Terminal, plan: _Plan, shape: ModelShape, roofline: Roo
             plan.attention_variants,
             roofline,
             repeat=plan.repeat,
+            rest=plan.rest,
             seed=seed,
             on_step=update,
         )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, dequantize_kv, quantize_kv
-from qoq.kernels import attention
-from qoq.kernels.attention import check_decode_operands, extend_attention, merge_by_lse, specs
+from qoq.kernels import extend, extend_batch, extend_plan
+from qoq.kernels.attention import check_decode_operands, specs
 from qoq.kernels.attention_oracles import decode_attention_oracle, extend_attention_oracle
 from qoq.kernels.compiler import compile_kernel
 from qoq.kernels.decode_plan import DecodeShape, decode_spec
 from qoq.kernels.dispatch import ARCHITECTURES, shared_bytes_of_sm
-from qoq.kernels.extend_plan import DECODE_ROWS, ExtendPlan, plan_extend
+from qoq.kernels.extend import extend_attention, merge_by_lse, run_extend
+from qoq.kernels.extend_batch import DecodeCall, ExtendBatch, FlashCall, prepare_extend
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages, page_bytes, unpack_pages
 
 PAGE_FLOATS = 2 * PAGE_SIZE * 64 * 2
@@ -190,66 +188,14 @@ def test_oracle_agrees_with_a_softmax_of_dequantized_values(bits: int, window: i
 # ---- extend attention
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.data())
-def test_plans_show_every_token_exactly_its_keys(data: st.DataObject) -> None:
-    sequences = data.draw(st.integers(1, 4))
-    new_lens = data.draw(st.lists(st.integers(0, 400), min_size=sequences, max_size=sequences))
-    kv_lens = [new + data.draw(st.integers(0, 900)) for new in new_lens]
-    window = data.draw(st.sampled_from([0, 1, 5, 64, 65, 200, 5000]))
-    capacity = data.draw(st.integers(2, 12))
-    plan = plan_extend(new_lens, kv_lens, window, capacity)
-    if plan.pages_needed:
-        assert 0 < window < max(kv_lens)
-        assert plan.pages_needed > capacity
-        assert not plan_extend(new_lens, kv_lens, window, max(plan.pages_needed, 12)).pages_needed
-        return
-    firsts = [sum(new_lens[:i]) for i in range(sequences)]
-    seen: dict[int, list[tuple[int, int]]] = {}  # row: ranges of keys
-    for row in plan.decode:
-        start = max(0, row.kv_len - window) if window else 0
-        seen.setdefault(row.row, []).append((start, row.kv_len))
-        assert new_lens[row.sequence] <= DECODE_ROWS
-    for batch in plan.batches:
-        assert sum(item.keys.pages for item in batch) <= capacity
-        for item in batch:
-            assert item.keys.start % PAGE_SIZE == 0
-            assert not (item.history and 0 < window < kv_lens[item.keys.sequence])
-            for i in range(item.rows):
-                end = item.keys.end - item.rows + i + 1
-                start = max(item.keys.start, end - window) if window else item.keys.start
-                assert end > start
-                ranges = [*((keys.start, keys.end) for keys in item.history), (start, end)]
-                seen.setdefault(item.first_row + i, []).extend(ranges)
-            for keys in item.history:
-                assert keys.pages <= capacity
-                assert keys.start % PAGE_SIZE == keys.end % PAGE_SIZE == 0
-    for sequence, first in enumerate(firsts):
-        for i in range(new_lens[sequence]):
-            ranges = seen.pop(first + i)
-            end = kv_lens[sequence] - new_lens[sequence] + i + 1
-            assert ranges[0][0] == (max(0, end - window) if window else 0)
-            assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
-            assert ranges[-1][1] == end
-    assert not seen
-
-
-def test_an_empty_plan() -> None:
-    assert plan_extend([0, 0], [5, 0], 0, 4) == ExtendPlan()
-
-
-def test_merging_parts_is_attention_to_both() -> None:
+def test_merging_parts_is_attention_to_all() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(n, heads, 64, generator=generator) for n, heads in ((7, 6), (90, 2), (90, 2)))
-    key[:20] *= 30  # one part far outweighs the other, and sums are large
-    expected, sums = softmax_attention(query, key, value, 1.0)
+    key[:20] *= 30  # one part far outweighs the others, and sums are large
+    expected, _ = softmax_attention(query, key, value, 1.0)
     parts = [softmax_attention(query, key[at], value[at], 1.0) for at in (slice(0, 20), slice(20, 55), slice(55, 90))]
-    for order in ([0, 1, 2], [2, 0, 1]):
-        found = parts[order[0]]
-        for i in order[1:]:
-            found = merge_by_lse(*found, *parts[i])
-        torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[1], sums)
+    found = merge_by_lse(torch.stack([values for values, _ in parts]), torch.stack([sums.t() for _, sums in parts]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 class StandIns:
@@ -259,59 +205,52 @@ class StandIns:
         self.flash_calls: list[bool] = []
         self.largest = 0
         self.decoded = 0
+        self.parts = 0
 
-    def gather_kv(
-        self, pages: Tensor, page_ids: Tensor, head_dim: int, bits: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        key, value = (
-            dequantize_kv(part).to(dtype).transpose(1, 2).reshape(-1, pages.shape[1], head_dim)
-            for part in unpack_pages(pages[page_ids.long()], head_dim, bits)
-        )
-        self.largest = max(self.largest, 2 * key.numel() * key.element_size())
-        return key, value
+    def run_gather(self, pages: Tensor, page_ids: Tensor, head_dim: int, bits: int, out: tuple[Tensor, Tensor]) -> None:
+        for to, part in zip(out, unpack_pages(pages[page_ids.long()], head_dim, bits), strict=True):
+            assert to.is_contiguous()
+            to.copy_(dequantize_kv(part).transpose(1, 2).reshape(to.shape))
+        self.largest = max(self.largest, sum(to.numel() * to.element_size() for to in out))
 
-    def decode(self, query: Tensor, *args: Any) -> Tensor:
+    def run_decode(self, query: Tensor, *args: Any, out: Tensor | None) -> Tensor:
         self.decoded += query.shape[0]
         check_decode_operands(query, *args)
-        return decode_attention_oracle(query, *args).to(query.dtype)
+        if out is None:
+            out = query.new_empty(query.shape)
+        assert out.is_contiguous()
+        return out.copy_(decode_attention_oracle(query, *args))
 
     def flash(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        row_lens: Sequence[int],
-        key_lens: Sequence[int],
-        scale: float,
-        causal: bool,
-        window: int,
+        self, query: Tensor, key: Tensor, value: Tensor, call: FlashCall, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
         """As the real one: padded keys, the last row sees the last key, a left window; NaN where nothing is read."""
-        self.flash_calls.append(causal)
-        outputs, sums, row, at = [], [], 0, 0
-        for rows, keys in zip(row_lens, key_lens, strict=True):
-            for i in range(rows):
-                end = keys - rows + i + 1 if causal else keys
-                start = max(0, end - window) if window else 0
-                part = slice(at + start, at + end)
-                output, total = softmax_attention(query[row + i : row + i + 1], key[part], value[part], scale)
+        assert call.causal or not window
+        self.flash_calls.append(call.causal)
+        self.parts = max(self.parts, call.parts)
+        outputs, sums = [], []
+        row_ends, starts, lens = (x.tolist() for x in (call.row_ends, call.key_starts, call.key_lens))
+        assert row_ends[-1] == query.shape[0]
+        assert len(row_ends) == len(starts) == len(lens) + 1
+        assert (call.max_rows, call.max_keys) == (int(call.row_ends.diff().max()), max(lens))
+        for i, keys in enumerate(lens):
+            assert 0 < keys <= key.shape[0] - starts[i]
+            for row in range(row_ends[i], row_ends[i + 1]):
+                end = keys - (row_ends[i + 1] - row - 1 if call.causal else 0)
+                part = slice(starts[i] + (max(0, end - window) if window else 0), starts[i] + end)
+                output, total = softmax_attention(query[row : row + 1], key[part], value[part], scale)
                 outputs.append(output)
                 sums.append(total)
-            row, at = row + rows, at + math.ceil(keys / PAGE_SIZE) * PAGE_SIZE
-        assert (row, at) == (query.shape[0], key.shape[0])
         return torch.cat(outputs).to(query.dtype), torch.cat(sums, dim=1).float()
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
-    import qoq.kernels.kv_cache  # noqa: F401  (declares gather_kv)
-
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> StandIns:
     found = StandIns()
-    monkeypatch.setattr(attention, "_flash", found.flash)
-    with torch.library._scoped_library("qoq", "IMPL") as library:
-        library.impl("gather_kv", found.gather_kv, "CPU")
-        library.impl("paged_decode_attention", found.decode, "CPU")
-        yield found
+    monkeypatch.setattr(extend, "_flash", found.flash)
+    monkeypatch.setattr(extend, "run_gather", found.run_gather)
+    monkeypatch.setattr(extend, "run_decode", found.run_decode)
+    return found
 
 
 @pytest.mark.parametrize("window", [None, 30, 100])
@@ -320,18 +259,85 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIns]:
 def test_extend_attention_is_each_token_s_decode_step(
     stand_ins: StandIns, bits: int, pages: int, window: int | None
 ) -> None:
-    new_lens, kv_lens = [5, 0, 1, 70, 3, 33], [5, 20, 65, 300, 40, 33]
-    cache, table, *_ = random_cache(kv_lens, 1, 64, bits)
-    query = torch.randn(sum(new_lens), 3, 64, generator=torch.Generator().manual_seed(1)).half()
-    found = extend_attention(query, cache, table, new_lens, kv_lens, 0.125, bits, window, pages * PAGE_FLOATS)
-    expected = extend_attention_oracle(query, cache, table, new_lens, kv_lens, 0.125, bits, window or 0)
-    assert float((found.double() - expected).norm() / expected.norm()) < 1e-3
-    assert stand_ins.decoded == 4
+    new_lens, kv_lens = [5, 0, 1, 70, 3, 33, 40], [5, 20, 65, 300, 40, 33, 90]
+    check_extend(new_lens, kv_lens, 1, bits, pages, window)
+    assert stand_ins.decoded == 9
     assert stand_ins.largest <= pages * PAGE_FLOATS
     if pages == 100:
         assert stand_ins.flash_calls == [True]
     elif window is None:
         assert (False in stand_ins.flash_calls) == (pages == 3)
+
+
+@pytest.mark.parametrize("window", [None, 310])
+@pytest.mark.parametrize("pages", [100, 14, 6, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_packed_calls_are_the_same(
+    stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch, kv_heads: int, pages: int, window: int | None
+) -> None:
+    """Histories that are packed beside one that is not; scratches for several sequences, for one, for less."""
+    monkeypatch.setattr(extend_plan, "PACKED_HISTORY", 64)
+    monkeypatch.setattr(extend_batch, "PART_KEYS", 30)
+    new_lens, kv_lens = [70, 20, 9, 17, 1, 0], [300, 200, 73, 50, 90, 320]
+    check_extend(new_lens, kv_lens, kv_heads, 4, kv_heads * pages, window)
+    assert stand_ins.decoded == 1
+    assert stand_ins.flash_calls[:3] == [True, True, False]
+    if pages == 100:
+        assert len(stand_ins.flash_calls) == 3
+        assert stand_ins.parts == 2  # 9 new tokens of 73 leave 64 keys
+
+
+def check_extend(
+    new_lens: list[int], kv_lens: list[int], kv_heads: int, bits: int, pages: int, window: int | None
+) -> None:
+    cache, table, *_ = random_cache(kv_lens, kv_heads, 64, bits)
+    query = torch.randn(sum(new_lens), 3 * kv_heads, 64, generator=torch.Generator().manual_seed(1)).half()
+    found = extend_attention(query, cache, table, new_lens, kv_lens, 0.125, bits, window, pages * PAGE_FLOATS)
+    expected = extend_attention_oracle(query, cache, table, new_lens, kv_lens, 0.125, bits, window or 0)
+    for row, wanted in zip(found.double(), expected, strict=True):
+        assert float((row - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_a_batch_serves_every_layer(stand_ins: StandIns) -> None:
+    """Other pages, queries and page numbers; queries that are part of a fused buffer."""
+    new_lens, kv_lens = [2, 100, 0, 1], [70, 130, 64, 1]
+    batch = prepared(new_lens, kv_lens)
+    for layer in range(2):
+        cache, table, *_ = random_cache(kv_lens, 2, 64, 4, seed=layer)
+        fused = torch.randn(sum(new_lens), 8, 64, generator=torch.Generator().manual_seed(layer)).half()
+        found = run_extend(fused[:, :4], cache, table, batch, 0.125, 4)
+        expected = extend_attention_oracle(fused[:, :4], cache, table, new_lens, kv_lens, 0.125, 4)
+        assert float((found.double() - expected).norm() / expected.norm()) < 1e-3
+    assert stand_ins.flash_calls == [True, True]
+
+
+def prepared(
+    new_lens: list[int], kv_lens: list[int], heads: int = 4, kv_heads: int = 2, device: str = "cpu"
+) -> ExtendBatch:
+    return prepare_extend(
+        new_lens, kv_lens, max_pages=3, heads=heads, kv_heads=kv_heads, head_dim=64, device=torch.device(device)
+    )
+
+
+def decode_call(new_lens: list[int], kv_lens: list[int]) -> DecodeCall:
+    call = prepared(new_lens, kv_lens).decode
+    assert call is not None
+    return call
+
+
+def test_rows_that_lie_together_need_no_index() -> None:
+    assert decode_call([1, 1], [70, 9]).sequences is None  # the page table as it is
+    with_gap = decode_call([1, 0, 2], [70, 80, 130])
+    assert with_gap.rows.index is None
+    assert with_gap.sequences is not None
+    assert with_gap.sequences.tolist() == [0, 2, 2]
+    assert (with_gap.kv_lens.tolist(), with_gap.pages) == ([70, 129, 130], 3)
+    apart = prepared([1, 100, 1, 100], [70, 130, 1, 100])
+    assert apart.decode is not None
+    for rows, expected in ((apart.decode.rows, [0, 101]), (apart.flash[0].rows, [*range(1, 101), *range(102, 202)])):
+        assert rows.index is not None
+        assert rows.index.tolist() == expected
+    assert apart.places.tolist() == [3, 4, 5, 9, 10]
 
 
 def test_extend_attention_of_nothing() -> None:
@@ -343,10 +349,11 @@ def test_extend_attention_of_nothing() -> None:
 @pytest.mark.parametrize(
     ("new_lens", "kv_lens", "message"),
     [
-        ([2], [2], "expected 2 each, one a row of page_table, got 1, 1"),
+        ([2], [2], r"page_table: expected \[1, 3\], a row for each of the lengths, got \[2, 3\]"),
+        ([1, 1], [2], "expected one each a sequence, got 2 and 1"),
         ([1, 2], [1, 1], "sequence 1: 2 new tokens of 1"),
         ([1, 1], [1, 193], r"sequence 1: 1 new tokens of 193, expected 0 <= new <= all <= 192"),
-        ([1, 2], [1, 2], "new_lens: the sum is 3, query has 2 rows"),
+        ([1, 2], [1, 2], "query: the new tokens of all sequences are 3, got 2 rows"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(new_lens: list[int], kv_lens: list[int], message: str) -> None:
@@ -355,9 +362,20 @@ def test_lengths_that_do_not_fit_are_refused(new_lens: list[int], kv_lens: list[
         extend_attention(call["query"], call["kv_pages"], call["page_table"], new_lens, kv_lens, 0.125, 4)
 
 
+def test_a_batch_of_another_form_is_refused() -> None:
+    call = operands(query=torch.zeros(2, 6, 64, dtype=torch.float16))
+    for batch, message in (
+        (prepared([1, 1], [9, 9], 4, 2), r"\(4, 2, 64\) heads, KV heads and head_dim, got \(6, 2, 64\)"),
+        (prepared([1, 1], [9, 9], 6, 1), r"\(6, 1, 64\) heads, KV heads and head_dim"),
+        (prepared([1, 1], [9, 9], 6, 2, "meta"), "on meta"),
+        (prepared([1, 1, 0], [9, 9, 9], 6, 2), r"page_table: expected \[3, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_extend(call["query"], call["kv_pages"], call["page_table"], batch, 0.125, 4)
+
+
 def test_a_scratch_too_small_for_the_window_is_refused() -> None:
-    call = operands(query=torch.zeros(10, 2, 64, dtype=torch.float16))
+    call = operands(query=torch.zeros(70, 2, 64, dtype=torch.float16))
+    rest = ([70, 0], [190, 0], 0.125, 4, 150, 3 * 2 * PAGE_FLOATS)
     with pytest.raises(ValueError, match=rf"scratch_bytes: expected at least {4 * 2 * PAGE_FLOATS} \(window 150\)"):
-        extend_attention(
-            call["query"], call["kv_pages"], call["page_table"], [10, 0], [190, 0], 0.125, 4, 150, 3 * 2 * PAGE_FLOATS
-        )
+        extend_attention(call["query"], call["kv_pages"], call["page_table"], *rest)

@@ -42,13 +42,16 @@ def test_every_shape_is_chosen_for(architecture: str, weights: str, m: int, stri
         assert choice.tile.spec(architecture, weights, out) in specs
     share = choice.share(architecture, weights, m, 32 * stripes, 128 * groups, num_sms=132)
     tiles = math.ceil(32 * stripes / choice.tile.block_n) * math.ceil(m / choice.tile.block_m)
-    units = tiles * math.ceil(groups / choice.tile.groups)
+    steps = math.ceil(groups / choice.tile.groups)
+    assert share.blocks * share.units_each + share.longer == (tiles - share.whole) * steps
+    assert 0 <= share.longer < share.blocks
     if choice.stream:
-        assert share.blocks * share.units_each + share.longer == units
-        assert 0 <= share.longer < share.blocks
-        assert share.units_each >= 1
+        assert 1 <= share.blocks <= tiles * steps
+        assert share.whole % share.blocks == 0
+        assert 0 <= tiles - share.whole < share.blocks
     else:
         assert 1 <= share.blocks <= tiles
+        assert share.whole == tiles
 
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
@@ -65,7 +68,7 @@ def test_tiles_fit_shared_memory_and_workspace(architecture: str, weights: str) 
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 132, 264])
-@pytest.mark.parametrize(("tiles", "k_steps"), [(1, 300), (24, 32), (224, 32), (33, 7)])
+@pytest.mark.parametrize(("tiles", "k_steps"), [(1, 300), (24, 32), (131, 32), (33, 7), (5, 1)])
 def test_shared_tiles_have_owners_of_their_own(blocks: int, tiles: int, k_steps: int) -> None:
     """The arithmetic of gemm_schedule.cuh: a block begins at most one tile that it does not finish."""
     units_each, longer = divmod(tiles * k_steps, min(blocks, tiles * k_steps))

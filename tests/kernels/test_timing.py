@@ -44,7 +44,8 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         variant.call(0)
         return Train(cast(torch.cuda.CUDAGraph, variant.name), 4)
 
-    def time_trains(trains: Sequence[Train]) -> list[float]:
+    def time_trains(trains: Sequence[Train], *, rest: float) -> list[float]:
+        assert rest == 2.5
         names = [cast(str, train.graph) for train in trains]
         played.append(names)
         return [40.0 if name == "a" else 80.0 for name in names]
@@ -55,7 +56,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_variants_take_turns(turns: list[list[str]]) -> None:
-    found = measure([Variant(name, lambda i: None) for name in "abc"], repeat=4)
+    found = measure([Variant(name, lambda i: None) for name in "abc"], repeat=4, rest=2.5)
     assert turns == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
     assert {name: t.median_us for name, t in found.timings.items()} == {"a": 10.0, "b": 20.0, "c": 20.0}
     assert found.timings["a"].samples == 4
@@ -66,7 +67,7 @@ def _refuse(_: int) -> Any:
 
 
 def test_what_pytorch_refuses_is_left_out_with_the_reason(turns: list[list[str]]) -> None:
-    found = measure([Variant("a", lambda i: None), Variant("b", _refuse, optional=True)], repeat=1)
+    found = measure([Variant("a", lambda i: None), Variant("b", _refuse, optional=True)], repeat=1, rest=2.5)
     assert list(found.timings) == ["a"]
     assert found.skipped == {"b": "not on this GPU"}
     assert measure([Variant("b", _refuse, optional=True)], repeat=1).timings == {}

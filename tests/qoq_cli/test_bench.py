@@ -40,7 +40,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return report
 
     def attention(shape: Any, cases: Any, variants: Any, roofline: Roofline, **options: Any) -> AttentionReport:
-        asked["attention"] = {"shape": shape, "cases": list(cases), "variants": variants}
+        asked["attention"] = {"shape": shape, "cases": list(cases), "variants": variants, **options}
         return AttentionReport(
             [
                 AttentionResult(batch, length, v, None if v.startswith("kv") else "cudnn", *timing(batch * length / 99))
@@ -79,17 +79,19 @@ def test_everything_is_measured_by_default(qoq: Any, measured: dict[str, Any]) -
     assert measured["gemm"]["shapes"]["gate_up"] == (28672, 4096)
     assert measured["gemm"]["rows"] == [1, 8, 16, 32, 64, 128, 256, 1024, 4096]
     assert set(measured["gemm"]["variants"]) == set(GEMM_VARIANTS)
-    assert (measured["gemm"]["repeat"], measured["gemm"]["seed"]) == (20, 0)
+    assert [measured["gemm"][name] for name in ("repeat", "rest", "seed")] == [20, 3.0, 0]
+    assert measured["attention"]["rest"] == 3.0
     assert measured["attention"]["cases"] == list(DEFAULT_CASES)
     assert measured["attention"]["variants"] == list(ATTENTION_VARIANTS)
 
 
 def test_json_says_where_and_how(qoq: Any, measured: dict[str, Any]) -> None:
-    outcome = qoq("bench", "--json", "--seed", 3, "--repeat", 5)
+    outcome = qoq("bench", "--json", "--seed", 3, "--repeat", 5, "--rest", 0)
     data = outcome.json
     assert data["gpu"]["name"] == FACTS.name
     assert data["state"]["after"]["sm_mhz"] == 1980.0
-    assert (data["seed"], data["repeat"]) == (3, 5)
+    assert (data["seed"], data["repeat"], data["rest"]) == (3, 5, 0)
+    assert measured["gemm"]["rest"] == 0
     assert data["command"].startswith("qoq")
     assert data["date"].endswith("+00:00")
     assert data["roofline"]["tops"]["8-bit"] == 1500.0
@@ -130,6 +132,8 @@ def test_sizes_come_from_a_checkpoint_or_a_model(
         (("--batch", "1,,2"), "--batch '1,,2'"),
         (("--prompt-len", "1k"), "--prompt-len 1k"),
         (("--repeat", "0"), "--repeat 0"),
+        (("--rest", "-1"), "--rest -1"),
+        (("--rest", "nan"), "--rest nan"),
         (("--device", "cpu"), "--device cpu: the kernels run on CUDA devices only"),
         (("--plot", "speed.pdf"), "--plot speed.pdf"),
         (("--plot", "no/such/speed.svg"), "no folder no/such"),

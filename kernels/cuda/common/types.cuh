@@ -50,6 +50,12 @@ struct BFloat16 {
     }
 };
 
+// Keeps the compiler from computing a value again wherever it is used.
+DEVICE uint32_t kept(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 template <class Format>
 DEVICE float low_value(uint32_t pair) {
     return Format::value(static_cast<uint16_t>(pair & 0xFFFFu));

@@ -108,25 +108,19 @@ DEVICE bool add_over_blocks(Sums& acc, int32_t* workspace, int32_t* counters, in
     return true;
 }
 
-// Keeps the compiler from computing a value again wherever it is used.
-DEVICE uint32_t kept(uint32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     qoq_gemm_sm80(const uint8_t* weight, const int8_t* act_codes, const uint8_t* s2_scales, const uint8_t* s2_zeros,
                   const float* act_scales, const int32_t* act_sums, const uint16_t* s1_scales,
                   const uint16_t* s1_szeros, const uint16_t* bias, void* out, int32_t* workspace, int32_t* counters,
-                  int m, int n, int k, int stream, int units_each, int longer) {
+                  int m, int n, int k, int whole, int units_each, int longer) {
     extern __shared__ __align__(128) uint8_t shared[];
     const Operands operands{weight, act_codes, s2_scales, s2_zeros, m, n, k};
     const Output output{act_scales, act_sums, s1_scales, s1_szeros, bias, out, m, n};
     const Schedule schedule{(k + GROUPS * kGroup - 1) / (GROUPS * kGroup), (n + BLOCK_N - 1) / BLOCK_N,
-                            (m + BLOCK_M - 1) / BLOCK_M, stream, units_each, longer};
+                            (m + BLOCK_M - 1) / BLOCK_M, whole, units_each, longer};
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int warp_n = warp % WARPS_N * kWarpN, warp_m = warp / WARPS_N % WARPS_M * kWarpM;
-    const int warp_k = warp / (WARPS_N * WARPS_M), first_tile = warp_k * kWarpTiles;
+    const int warp_k = WARPS_K == 1 ? 0 : warp / (WARPS_N * WARPS_M), first_tile = warp_k * kWarpTiles;
     const uint32_t stages = shared_address(shared);
     int32_t* partial = reinterpret_cast<int32_t*>(shared + STAGES * StageLoader::kStageBytes);
 
@@ -145,7 +139,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         const uint32_t scales = stage + StageLoader::kScalesAt + tile / kTilesPerGroup * BLOCK_N + warp_n;
         weights.load_scales(scales, scales + StageLoader::kScaleBytes, lane);
     };
-    const int tokens_at = token_offset(warp_m, lane), weights_at = WarpWeights::lane_offset(warp_n, lane);
+    // Computed once: the compiler would do it again for every stage.
+    const uint32_t tokens_at = kept(token_offset(warp_m, lane)), weights_at = kept(WarpWeights::lane_offset(warp_n, lane));
     const auto load_raw = [&](int s, uint32_t stage, int tile) {
         constexpr int kNextStripe = WEIGHT_FORMAT == kInt8 ? kStripe * 128 : kStripe * WarpWeights::kBytesPerChannel;
         WarpWeights::load(raw[s], stage + weights_at + s * kNextStripe, tile);
@@ -167,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     load_first(stages);
 
     Cursor cursor(schedule);
-    int first_step = cursor.step, reading = 0;
-    while (cursor.left > 0) {
+    int reading = 0, steps = cursor.run;
+    while (steps > 0) {
         uint32_t stage = stages + reading * StageLoader::kStageBytes;
         const uint32_t free_stage = kept(stages + (reading == 0 ? STAGES - 1 : reading - 1) * StageLoader::kStageBytes);
 #pragma unroll
@@ -200,6 +195,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
                     for (int half = 0; half < 2; ++half) {
                         const uint32_t b0 = tokens[p][2 * half], b1 = tokens[p][2 * half + 1];
                         WarpWeights::multiply(acc[2 * s][2 * p + half], low, b0, b1);
+                    }
+#pragma unroll
+                    for (int half = 1; half >= 0; --half) {
+                        const uint32_t b0 = tokens[p][2 * half], b1 = tokens[p][2 * half + 1];
                         WarpWeights::multiply(acc[2 * s + 1][2 * p + half], high, b0, b1);
                     }
                     if (p == kPairs / 5 && new_group && last_stripe) weights.begin_group();
@@ -214,13 +213,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
             }
         }
 
-        const int tile = cursor.tile, steps = cursor.step + 1 - first_step;
-        if (cursor.advance() || cursor.left == 0) {
+        if (cursor.advance()) {
             if (WARPS_K > 1) add_over_warps(acc, partial, warp_k);
-            if (steps == schedule.k_steps || add_over_blocks(acc, workspace, counters, schedule.owner(tile), steps,
-                                                             schedule.k_steps, warp_k == 0)) {
+            if (steps == schedule.k_steps || add_over_blocks(acc, workspace, counters, schedule.owner(cursor.tile),
+                                                             steps, schedule.k_steps, warp_k == 0)) {
                 int tile_n, tile_m;
-                schedule.place(tile, tile_n, tile_m);
+                schedule.place(cursor.tile, tile_n, tile_m);
                 const int channel = tile_n * BLOCK_N + warp_n, token = tile_m * BLOCK_M + warp_m;
                 if (warp_k == 0) {
 #if OUT_FORMAT == 2
@@ -238,7 +236,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
             int32_t* flat = &acc[0][0][0];
 #pragma unroll
             for (int i = 0; i < kAccumulators; ++i) flat[i] = 0;
-            first_step = cursor.step;
+            cursor.next_run(schedule);
+            steps = cursor.run;
             // Again, rather than kept: the stores above need the registers.
             load_first(stages + reading * StageLoader::kStageBytes);
         }

@@ -1,4 +1,4 @@
-// From int32 sums to the output: scales, zero term, bias, and 16-byte stores.
+// From int32 sums to the output: scales, zero term, bias, and stores of whole sectors.
 #pragma once
 #include "common/mma.cuh"
 #include "common/types.cuh"
@@ -20,7 +20,7 @@ DEVICE int32_t unbiased(int32_t acc, int32_t act_sum) {
     return kFormat == kProgressive ? acc - 128 * act_sum : acc;
 }
 
-// A load that stays where it is written: hoisted loads of all tokens at once do not fit the registers.
+// A load that stays where it is written: the compiler would hoist those of all tokens, which do not fit the registers.
 template <int kWords>
 DEVICE uint2 load_in_place(const void* pointer) {
     uint2 v = make_uint2(0, 0);
@@ -31,17 +31,11 @@ DEVICE uint2 load_in_place(const void* pointer) {
     return v;
 }
 
-// The 4 x 4 matrix whose row is held by each of four neighbouring lanes, transposed.
-DEVICE void transpose_quad(uint32_t (&v)[4], int t) {
-    const bool odd = t & 1, upper = t & 2;
-    const uint32_t a = __shfl_xor_sync(kFullMask, odd ? v[0] : v[1], 1);
-    const uint32_t b = __shfl_xor_sync(kFullMask, odd ? v[2] : v[3], 1);
-    (odd ? v[0] : v[1]) = a;
-    (odd ? v[2] : v[3]) = b;
-    const uint32_t c = __shfl_xor_sync(kFullMask, upper ? v[0] : v[2], 2);
-    const uint32_t d = __shfl_xor_sync(kFullMask, upper ? v[1] : v[3], 2);
-    (upper ? v[0] : v[2]) = c;
-    (upper ? v[1] : v[3]) = d;
+// From lanes t that hold words 2 t .. (low) and 2 t .. (high) of two rows of eight: neighbouring lanes exchange one, so that
+// an even lane has words t, t + 1 of the first row and an odd one words t - 1, t of the second.
+DEVICE uint2 exchange(uint32_t low, uint32_t high, bool odd) {
+    const uint32_t other = __shfl_xor_sync(kFullMask, odd ? low : high, 1);
+    return odd ? make_uint2(other, high) : make_uint2(low, other);
 }
 
 // What the epilogue needs of a token: its scale and its sum of codes.
@@ -50,11 +44,12 @@ struct TokenScale {
     int32_t sum;
 };
 
-// Tokens `token` (even) and `token + 1`; past the end zeros, since what they give is not stored.
+// Tokens `token` (even) and `token + 1`; past the end zeros, since what they give is not stored. all_valid: of the tile's
+// tokens none is past the end, the same for all lanes.
 template <bool kNeedsSums>
-DEVICE void load_token_pair(TokenScale (&pair)[2], const Output& output, int token) {
+DEVICE void load_token_pair(TokenScale (&pair)[2], const Output& output, int token, bool all_valid) {
     uint2 scales = make_uint2(0, 0), sums = make_uint2(0, 0);
-    if (token + 1 < output.m) {
+    if (all_valid || token + 1 < output.m) {
         scales = load_in_place<2>(output.act_scales + token);
         if (kNeedsSums) sums = load_in_place<2>(output.act_sums + token);
     } else if (token < output.m) {
@@ -100,17 +95,26 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
                        int token, int lane) {
     const int g = lane >> 2, t = lane & 3;
     const int64_t tokens_8 = static_cast<int64_t>(output.n) * 8;
+    const bool odd = t & 1, all_valid = token + 8 * kTokenTiles <= output.m;
+    // Pairs under way: a load takes as long as the work on eight of them; small tiles have few registers.
+    constexpr int kAhead = kTokenTiles >= 12 ? kTokenTiles / 2 : kTokenTiles < 4 ? 1 : kTokenTiles / 4;
+    TokenScale ahead[kAhead][2];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) load_token_pair<kFormat != kInt8>(ahead[j], output, token + 8 * j + 2 * t, all_valid);
 #pragma unroll
     for (int s = 0; s < kStripes; ++s) {
         const int first = channel + s * kStripe;
         const int rows_left = first < output.n ? output.m - token - g : 0;
         const Scaler<kFormat, Format, kHasBias> scaler(output, first + g);
-        const int64_t place = static_cast<int64_t>(token + g) * output.n + first + 8 * t;
+        const int64_t place = static_cast<int64_t>(token + g) * output.n + first + (odd ? 6 : 0) + 2 * t;
         uint16_t* to = static_cast<uint16_t*>(output.out) + place;
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j, to += tokens_8) {
-            TokenScale pair[2];
-            load_token_pair<kFormat != kInt8>(pair, output, token + 8 * j + 2 * t);
+            const int next = s * kTokenTiles + j + kAhead;
+            const TokenScale pair[2] = {ahead[next % kAhead][0], ahead[next % kAhead][1]};
+            if (next < kStripes * kTokenTiles)
+                load_token_pair<kFormat != kInt8>(ahead[next % kAhead], output,
+                                                  token + 8 * (next % kTokenTiles) + 2 * t, all_valid);
             uint32_t words[4];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
@@ -118,8 +122,12 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
                 const float y0 = scaler(c[2 * (q & 1)], q, pair[0]), y1 = scaler(c[2 * (q & 1) + 1], q, pair[1]);
                 words[q] = transpose_8x8(Format::pair(y0, y1));    // now channels 8 q + 2 t, + 1 of token g
             }
-            transpose_quad(words, t);                              // now channels 8 t .. 8 t + 7
-            if (8 * j < rows_left) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+            // Four neighbouring lanes fill a sector of 32 bytes.
+            const uint2 low = exchange(words[0], words[1], odd), high = exchange(words[2], words[3], odd);
+            if (8 * j < rows_left) {
+                *reinterpret_cast<uint2*>(to) = low;
+                *reinterpret_cast<uint2*>(to + 16) = high;
+            }
         }
     }
 }
@@ -129,17 +137,17 @@ template <int kFormat, int kStripes, int kTokenTiles>
 DEVICE void store_sums(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const Output& output, int channel, int token,
                        int lane) {
     const int g = lane >> 2, t = lane & 3;
+    int32_t* to = static_cast<int32_t*>(output.out) + (static_cast<int64_t>(token + 2 * t) * output.n + channel + g);
 #pragma unroll
-    for (int i = 0; i < 2 * kStripes; ++i)
+    for (int j = 0; j < kTokenTiles; ++j, to += static_cast<int64_t>(output.n) * 8)
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j)
+        for (int odd = 0; odd < 2; ++odd) {
+            const int row = token + 8 * j + 2 * t + odd;
+            if (row >= output.m) continue;
+            const int32_t act_sum = kFormat == kProgressive ? load_in_place<1>(output.act_sums + row).x : 0;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int c = channel + 16 * i + g + 8 * (e >> 1), row = token + 8 * j + 2 * t + (e & 1);
-                if (row < output.m && c < output.n) {
-                    const int32_t act_sum = kFormat == kProgressive ? __ldg(output.act_sums + row) : 0;
-                    static_cast<int32_t*>(output.out)[static_cast<int64_t>(row) * output.n + c] =
-                        unbiased<kFormat>(acc[i][j][e], act_sum);
-                }
-            }
+            for (int q = 0; q < 4 * kStripes; ++q)
+                if (channel + g + 8 * q < output.n)
+                    to[odd * output.n + 8 * q] = unbiased<kFormat>(acc[q >> 1][j][2 * (q & 1) + odd], act_sum);
+        }
 }

@@ -18,12 +18,14 @@ struct Operands {
     int m, n, k;
 };
 
-// Rows of bytes [rows, K]: kRows rows by kGroups * 128 columns at a time, swizzled, a plane for each group.
+// Rows of bytes [rows, K]: kRows rows by kGroups * 128 columns at a time, swizzled, a plane for each group. Where a thread
+// has several copies, two of them are of one row, 64 bytes apart: a warp still fills whole sectors of 32 bytes.
 template <int kRows, int kGroups, int kThreads>
 struct RowCopies {
-    static constexpr int kChunks = 8 * kGroups;    // of 16 bytes, in a row
-    static constexpr int kRowsAtOnce = kThreads / kChunks;
-    static constexpr int kCopies = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+    static constexpr int kHalves = kRows * 8 * kGroups >= 2 * kThreads ? 2 : 1;
+    static constexpr int kChunks = 8 / kHalves;    // of 16 bytes, side by side
+    static constexpr int kRowThreads = kChunks * kGroups, kRowsAtOnce = kThreads / kRowThreads;
+    static constexpr int kCopies = (kRows + kRowsAtOnce - 1) / kRowsAtOnce * kHalves;
     static_assert(kRowsAtOnce % 8 == 0 || kRowsAtOnce >= kRows, "the swizzle of a thread's rows is the same");
 
     const uint8_t* from;    // the thread's first row and chunk
@@ -31,25 +33,33 @@ struct RowCopies {
     int rows_left;          // valid rows from there on
     int columns_left;       // valid columns from there on
 
+    static DEVICE int row() { return threadIdx.x / kRowThreads; }
+    static DEVICE int group() { return threadIdx.x % kRowThreads / kChunks; }
+    static DEVICE int chunk() { return threadIdx.x % kChunks; }
+
     DEVICE void enter(const void* rows, int first_row, int num_rows, int k) {
-        const int row = first_row + static_cast<int>(threadIdx.x) / kChunks, column = threadIdx.x % kChunks * 16;
-        from = static_cast<const uint8_t*>(rows) + (static_cast<int64_t>(row) * k + column);
+        const int column = group() * kGroup + chunk() * 16;
+        from = static_cast<const uint8_t*>(rows) + (static_cast<int64_t>(first_row + row()) * k + column);
         stride = static_cast<uint32_t>(k) * kRowsAtOnce;
-        rows_left = num_rows - row;
+        rows_left = num_rows - first_row - row();
         columns_left = k - column;
     }
 
-    // Rows past the end are not read: what they give is not stored. Columns past K are zeros if kZeros, else not read.
+    // Where the thread's first copy goes.
+    static DEVICE int place() { return group() * (kRows * 128) + swizzled(row(), chunk()); }
+
+    // to: shared address of the rows plus place(). Rows past the end are not read: what they give is not stored.
+    // Columns past K are zeros if kZeros, else not read.
     template <bool kZeros>
     DEVICE void copy(uint32_t to, int i) const {
-        const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-        if (i * kRowsAtOnce >= rows_left || (kRows % kRowsAtOnce != 0 && row + i * kRowsAtOnce >= kRows)) return;
-        const uint8_t* source = from + static_cast<uint64_t>(stride) * i;
-        to += chunk / 8 * (kRows * 128) + swizzled(row, chunk % 8) + i * kRowsAtOnce * 128;
+        const int more = i / kHalves * kRowsAtOnce, half = i % kHalves;
+        if (more >= rows_left || (kRows % kRowsAtOnce != 0 && row() + more >= kRows)) return;
+        const uint8_t* source = from + (static_cast<uint64_t>(stride) * (i / kHalves) + half * 64);
+        to = (half == 0 ? to : to ^ 64) + more * 128;    // the swizzle of chunk + 4 is an exclusive or
         if (kGroups == 1)
             copy_async_16(to, source);
         else if (kZeros)
-            copy_async_16(to, columns_left > 0 ? source : source - chunk * 16, columns_left > 0);
+            copy_async_16(to, columns_left > 0 ? source : source - group() * kGroup, columns_left > 0);
         else if (columns_left > 0)
             copy_async_16(to, source);
     }
@@ -80,11 +90,15 @@ struct StripeCopies {
         bytes_left = k * 16 - chunk * 16;
     }
 
+    static DEVICE int place() {
+        return threadIdx.x / kStripeThreads * (2048 * kGroups) + threadIdx.x % kStripeThreads * 16;
+    }
+
+    // to: shared address of the stripes plus place()
     DEVICE void copy(uint32_t to, int i, int k) const {
-        const int stripe = threadIdx.x / kStripeThreads, chunk = threadIdx.x % kStripeThreads;
         const int more = i / kCopiesOfStripe * kStripesAtOnce, inside = i % kCopiesOfStripe * kStripeThreads * 16;
         if (more >= stripes_left || (kGroups > 1 && inside >= bytes_left)) return;
-        copy_async_16(to + (stripe + more) * (2048 * kGroups) + chunk * 16 + inside,
+        copy_async_16(to + more * (2048 * kGroups) + inside,
                       from + static_cast<uint64_t>(static_cast<uint32_t>(k)) * (more * 16) + inside);
     }
 
@@ -99,23 +113,23 @@ template <int kBlockN, int kGroups>
 struct ScaleCopies {
     static constexpr int kChunks = kBlockN / 16, kCopies = 2 * kChunks * kGroups;
     const uint8_t* from;
-    int groups_left;
+    int groups_left;    // from the thread's on; counted only where a stage has several
 
-    DEVICE void enter(const Operands& operands, int first_channel) {
+    DEVICE void enter(const Operands& operands, int first_channel, int first_group) {
         const int copy = threadIdx.x, group = copy / kChunks % kGroups;
         const int channel = min(first_channel + copy % kChunks * 16, operands.n - 16);
         from = (copy < kCopies / 2 ? operands.s2_scales : operands.s2_zeros) +
-               (static_cast<int64_t>(group) * operands.n + channel);
-        groups_left = operands.k / kGroup - group;
+               (static_cast<int64_t>(first_group + group) * operands.n + channel);
+        groups_left = copy < kCopies ? operands.k / kGroup - first_group - group : 0;
     }
 
     DEVICE void copy(uint32_t to) const {
-        if (threadIdx.x < kCopies && groups_left > 0) copy_async_16(to + threadIdx.x * 16, from);
+        if (groups_left > 0) copy_async_16(to + threadIdx.x * 16, from);
     }
 
     DEVICE void next_step(int n) {
         from += n * kGroups;
-        groups_left -= kGroups;
+        if (kGroups > 1) groups_left -= kGroups;
     }
 };
 
@@ -142,13 +156,17 @@ struct Loader {
     WeightRows weight_rows = {};
     ActRows act_rows = {};
     Scales scales = {};
+    uint32_t weight_place, act_place;
 
     DEVICE Loader(const Operands& operands, const Schedule& schedule) : operands(operands), cursor(schedule) {
+        // Computed once: the compiler would do it again for every stage.
+        weight_place = kept(kPacked ? Stripes::place() : WeightRows::place());
+        act_place = kept(kActsAt + ActRows::place());
         enter_tile(schedule);
     }
 
     DEVICE void enter_tile(const Schedule& schedule) {
-        if (cursor.left <= 0) {
+        if (cursor.run <= 0) {
             stop();
             return;
         }
@@ -167,11 +185,7 @@ struct Loader {
             weight_rows.from += first_input;
             weight_rows.columns_left -= first_input;
         }
-        if (kHasScales) {
-            scales.enter(operands, tile_n * kBlockN);
-            scales.from += static_cast<int64_t>(cursor.step * kGroups) * operands.n;
-            scales.groups_left -= cursor.step * kGroups;
-        }
+        if (kHasScales) scales.enter(operands, tile_n * kBlockN, cursor.step * kGroups);
     }
 
     // Part `part` of `parts` (constants once unrolled) of the current unit's stage, to shared memory at `stage`.
@@ -181,11 +195,11 @@ struct Loader {
         for (int i = 0; i < kCopies; ++i) {
             if (i < kCopies * part / parts || i >= kCopies * (part + 1) / parts) continue;
             if (i >= kWeightCopies)
-                act_rows.template copy<true>(stage + kActsAt, i - kWeightCopies);
+                act_rows.template copy<true>(stage + act_place, i - kWeightCopies);
             else if (kPacked)
-                stripes.copy(stage, i, operands.k);
+                stripes.copy(stage + weight_place, i, operands.k);
             else
-                weight_rows.template copy<false>(stage, i);
+                weight_rows.template copy<false>(stage + weight_place, i);
         }
         if (kHasScales && part == parts - 1) scales.copy(stage + kScalesAt);
     }
@@ -200,9 +214,8 @@ struct Loader {
     // The unit's copies were all issued: close their group and go to the next unit. Past the last one groups are empty.
     DEVICE void finish(const Schedule& schedule) {
         commit_copies();
-        if (cursor.left <= 0) return;
-        const bool other_tile = cursor.advance();
-        if (other_tile || cursor.left == 0) {
+        if (cursor.advance()) {
+            cursor.next_run(schedule);
             enter_tile(schedule);
             return;
         }

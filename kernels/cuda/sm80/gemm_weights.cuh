@@ -16,8 +16,9 @@ constexpr int kGroup = 128;     // inputs of a scale group
 constexpr int kTile = 32;       // inputs of one mma
 constexpr int kTilesPerGroup = kGroup / kTile;
 
-// A row of 128 bytes is eight 16-byte chunks; the exclusive or spreads a column of chunks over all banks.
-DEVICE int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+// A row of 128 bytes is eight 16-byte chunks. The exclusive or spreads a column of chunks in eight rows over all banks,
+// and also four neighbouring chunks in two rows.
+DEVICE int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 1) << 2 ^ (row >> 1 & 3)) << 4); }
 
 // Fragments of one stripe as loaded: nibbles of a packed tile, or int8 as it is.
 template <int kFormat>
@@ -74,13 +75,12 @@ struct Weights {
         if (!kHasScales) return;
 #pragma unroll
         for (int s = 0; s < kStripes; ++s) {
-            // The stored byte is minus the offset; negate the four bytes at once: ~x + 1 without carries between them.
-            const uint32_t flipped = ~stored_zeros[s];
-            const uint32_t offset = ((flipped & 0x7F7F7F7Fu) + 0x01010101u) ^ (flipped & 0x80808080u);
+            // The stored byte is minus the offset, and flipping the sign adds 128.
+            const uint32_t shifts = stored_zeros[s] ^ 0x80808080u;
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
-                scale[s][b] = (stored_scales[s] >> (8 * b)) & 0xFF;
-                shift[s][b] = ((offset >> (8 * b)) & 0xFF) * 0xFEFEFEFFu + 0x80808080u;
+                scale[s][b] = __byte_perm(stored_scales[s], 0, 0x4440 + b);
+                shift[s][b] = __byte_perm(shifts, 0, 0x1111 * b);
             }
         }
     }

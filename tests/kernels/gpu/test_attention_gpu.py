@@ -1,5 +1,6 @@
 """Attention over the paged cache on the GPU against float64 over the same codes: ragged lengths, any grouping of heads,
-shuffled pages, windows, extremes; the same bits in every run; new lengths in a CUDA graph; extend attention."""
+shuffled pages, windows, extremes; the same bits in every run; new lengths in a CUDA graph. Extend attention: plain and
+packed calls, histories larger than the scratch, in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, quantize_kv
-from qoq.kernels.attention import extend_attention, run_decode
+from qoq.kernels import extend_batch, extend_plan
+from qoq.kernels.attention import run_decode
 from qoq.kernels.attention_oracles import decode_attention_oracle, extend_attention_oracle
+from qoq.kernels.extend import extend_attention, run_extend
+from qoq.kernels.extend_batch import prepare_extend
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +27,8 @@ TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 2^-12 to 2^-11 of a value (2.4e-4 to 4.9e-4), of bfloat16 2^-9 to 2^-8; the errors are independent, so their mean square
 is about half of that (measured on an emulator: 2e-4 to 4e-4 and 1.8e-3). Sums are float32."""
 EXTEND_TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Flash attention sees keys and values rounded to their format, and rounds probabilities to it: four such errors."""
+"""Flash attention sees keys and values rounded to their format, and rounds probabilities to it: four such errors. Parts
+that are merged are rounded to it once more, each by its share."""
 TINY_LENS = (0, 1, 31, 32, 33, 63, 64, 65)
 LENS = (511, 0, 1, 1500, 31, 32, 33, 63, 64, 65, 200, 0, 3001)
 
@@ -34,8 +39,10 @@ class Cache:
     What no length reaches is poisoned: scales and zeros of NaN, page numbers out of range.
     """
 
-    def __init__(self, lens: Sequence[int], kv_heads: int, head_dim: int, bits: int, kind: str = "normal") -> None:
-        random = torch.Generator().manual_seed(len(lens) + sum(lens))
+    def __init__(
+        self, lens: Sequence[int], kv_heads: int, head_dim: int, bits: int, kind: str = "normal", seed: int = 0
+    ) -> None:
+        random = torch.Generator().manual_seed(len(lens) + sum(lens) + seed)
         self.lens, self.bits, self.head_dim = list(lens), bits, head_dim
         pages_each = max(1, math.ceil(max(lens) / PAGE_SIZE))
         size = (len(lens), pages_each * PAGE_SIZE, kv_heads, head_dim)
@@ -238,6 +245,26 @@ def test_extend_of_long_histories(
     check_extend(gpu, [300, 1, 0, 17, 4, 64], [300, 700, 30, 1400, 64, 1024], shape, 4, dtype, window)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(6, 2, 64), (4, 4, 64), (8, 1, 128)])
+def test_small_packed_extend(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], bits: int, dtype: torch.dtype
+) -> None:
+    """Packed calls beside rows of the decode kernel, a plain call, and no rows; parts of uneven lengths."""
+    monkeypatch.setattr(extend_plan, "PACKED_HISTORY", 64)
+    monkeypatch.setattr(extend_batch, "PART_KEYS", 15)
+    check_extend(gpu, [70, 20, 0, 9, 17, 1], [171, 130, 77, 73, 50, 90], shape, bits, dtype, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64), (8, 8, 128)])
+def test_extend_of_packed_histories(gpu: torch.device, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    new_lens, kv_lens = [64, 20, 1, 9, 0, 100], [5000, 4116, 100, 4321, 64, 170]
+    check_extend(gpu, new_lens, kv_lens, shape, 4, dtype, None)
+    check_extend(gpu, [17], [4500], shape, 4, dtype, None)
+
+
 def check_extend(
     gpu: torch.device,
     new_lens: list[int],
@@ -257,6 +284,55 @@ def check_extend(
         found = extend_attention(query, pages, table, new_lens, kv_lens, scale, bits, window, scratch_bytes)
         for i, row in enumerate(found.cpu()):
             check_close(row, expected[i], EXTEND_TOLERANCES[dtype], f"row {i}, scratch {scratch_bytes // page} pages")
+
+
+@pytest.mark.parametrize("scratch_pages", [1024, 80, 12])
+def test_a_prepared_batch_in_a_cuda_graph(gpu: torch.device, scratch_pages: int) -> None:
+    """Decode rows, packed, plain and no rows in one step; a replay sees other queries, pages and page numbers."""
+    new_lens, kv_lens, scale = [2, 70, 0, 33, 300, 1], [700, 100, 64, 4500, 1000, 33], 128**-0.5
+    first, second = (Cache(kv_lens, 2, 128, 4, seed=seed) for seed in (0, 1))
+    query = torch.zeros(sum(new_lens), 8, 128, dtype=torch.float16, device=gpu)
+    pages, table = first.pages.to(gpu), first.table.to(gpu)
+    batch = prepare_extend(
+        new_lens,
+        kv_lens,
+        max_pages=table.shape[1],
+        heads=8,
+        kv_heads=2,
+        head_dim=128,
+        device=gpu,
+        scratch_bytes=scratch_pages * 2 * PAGE_SIZE * 2 * 128 * 2,
+    )
+    run_extend(query, pages, table, batch, scale, 4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run_extend(query, pages, table, batch, scale, 4)
+    for layer, cache in enumerate((first, second, first)):
+        query.copy_(cache.query(query.shape[0], 8, torch.float16) * (layer + 1))
+        pages.copy_(cache.pages)
+        table.copy_(cache.table)
+        found.fill_(torch.nan)
+        graph.replay()
+        expected = extend_attention_oracle(query, pages, table, new_lens, kv_lens, scale, 4).cpu()
+        for i, row in enumerate(found.cpu()):
+            check_close(row, expected[i], EXTEND_TOLERANCES[torch.float16], f"layer {layer}, row {i}")
+        assert torch.equal(run_extend(query, pages, table, batch, scale, 4), found)
+
+
+def test_rows_that_lie_together_are_written_in_place(gpu: torch.device) -> None:
+    """Steps of one kind only, whose output is that of its one call."""
+    for new_lens, kv_lens in (([1, 1, 1], [70, 1, 200]), ([3, 0, 2], [70, 64, 200]), ([40, 0, 20], [70, 64, 200])):
+        check_extend(gpu, new_lens, kv_lens, (6, 2, 64), 4, torch.float16, None)
+
+
+def test_extend_of_a_fused_buffer(gpu: torch.device) -> None:
+    new_lens, kv_lens = [20, 1, 64], [300, 10, 4200]
+    cache = Cache(kv_lens, 2, 64, 4)
+    query = cache.query(sum(new_lens), 6, torch.float16).to(gpu)
+    fused = torch.full((sum(new_lens), 10, 64), torch.nan, dtype=torch.float16, device=gpu)
+    fused[:, :6] = query
+    rest = (cache.pages.to(gpu), cache.table.to(gpu), new_lens, kv_lens, 0.125, 4)
+    assert torch.equal(extend_attention(fused[:, :6], *rest), extend_attention(query, *rest))
 
 
 def test_prefill_in_one_go_in_chunks_and_token_by_token_agree(gpu: torch.device) -> None:

@@ -11,6 +11,7 @@ from qoq.formats.packing import pack_linear, padded_in_features
 from qoq.formats.quantized_linear import QuantizedLinear, S2Offsets, ZeroPoints
 from qoq.kernels.dispatch import GemmChoice, WeightFormat, gemm_table, gemm_tile
 from qoq.kernels.gemm import run_gemm
+from qoq.kernels.launch import architecture, num_sms
 from qoq.kernels.oracles import emulate_packed_codes, emulate_packed_level1, gemm_oracle
 
 pytestmark = pytest.mark.gpu
@@ -159,6 +160,19 @@ def test_every_tile_is_exact(gpu, weights, tile, stream) -> None:
         assert_same(case.run(dtype, choice), case.out(dtype))
 
 
+@pytest.mark.parametrize("tile", TILES)
+def test_whole_tiles_and_then_shared_ones_are_exact(gpu, tile) -> None:
+    """More tiles than blocks run at once, and not a multiple of these."""
+    case = Case("g128", 1100, 4096, 256, seed=8, bias=False)
+    share = (choice := GemmChoice(gemm_tile(tile), True, "test")).share(
+        architecture(0), "g128", case.m, case.n, 256, num_sms(0)
+    )
+    assert share.whole
+    assert share.units_each + share.longer
+    assert_same(case.run(torch.int32, choice), case.acc())
+    assert_same(case.run(torch.bfloat16, choice), case.out(torch.bfloat16))
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("m", [1, 5, 16, 40, 64, 127, 200, 513, 1500])
 def test_dispatched_kernels_are_exact_on_model_shapes(gpu, weights, m) -> None:
@@ -211,7 +225,7 @@ def test_operators_equal_the_reference_arithmetic(gpu) -> None:
 def test_same_bits_from_run_to_run(gpu) -> None:
     case = Case("g128", 100, 1024, 4096, seed=11)
     first = case.run(torch.float16)
-    shared = GemmChoice(gemm_tile("64x16"), True, "test")
+    shared = GemmChoice(gemm_tile("128x32"), True, "test")
     for choice in (None, shared, shared, None, shared):
         assert torch.equal(case.run(torch.float16, choice), first)
 
@@ -219,7 +233,7 @@ def test_same_bits_from_run_to_run(gpu) -> None:
 def test_graph_replays_and_leaves_the_workspace_clean(gpu) -> None:
     """With tiles that blocks share, whatever dispatch would choose."""
     case = Case("g128", 20, 1024, 2048, seed=12, bias=False)
-    choice = GemmChoice(gemm_tile("64x16"), True, "test")
+    choice = GemmChoice(gemm_tile("128x32"), True, "test")
     codes, sums = case.codes.cuda(), case.sums.cuda()
     qweight, s2_scales, s2_zeros = (case.operands[name].cuda() for name in ("qweight", "s2_scales", "s2_zeros"))
 
