@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qoq.kernels.dispatch import WORKSPACE_SUMS_PER_SM, GemmChoice, OutFormat, WeightFormat, choose_gemm
-from qoq.kernels.launch import architecture, load_kernel, num_sms
+from qoq.kernels.launch import architecture, load_kernel, num_sms, refuse_capture
 from qoq.recipes.schema import GROUP_SIZE
 
 _OUT_FORMATS: dict[torch.dtype, OutFormat] = {
@@ -183,7 +183,7 @@ def _workspace(device: int) -> tuple[Tensor, Tensor]:
     captured = (device, _CAPTURED)
     if torch.cuda.is_current_stream_capturing():
         if captured not in _workspaces:
-            raise RuntimeError("call the operator once before capturing a CUDA graph: it loads the kernel then")
+            refuse_capture()
         return _workspaces[captured]
     for key in (captured, (device, torch.cuda.current_stream(device).cuda_stream)):
         if key not in _workspaces:

@@ -23,6 +23,7 @@ class Kernel:
     """A kernel loaded on one device."""
 
     def __init__(self, spec: KernelSpec, device: int) -> None:
+        refuse_capture()
         self._launch = _launch_function()  # says what to install where there is no CuPy
         import cupy
 
@@ -63,6 +64,12 @@ class Kernel:
 def load_kernel(spec: KernelSpec, device: int) -> Kernel:
     """`spec` on CUDA device `device`, compiled and loaded at its first use; load before capturing a CUDA graph."""
     return Kernel(spec, device)
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured, which what an operator's first call does would spoil."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("call the operator once before capturing a CUDA graph: it loads the kernel then")
 
 
 @cache

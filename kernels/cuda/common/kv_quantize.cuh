@@ -1,57 +1,11 @@
 // The grid of one head of one token, exactly as formats.arithmetic.quantize_kv defines it, and its codes. The values of
 // a head lie with kLanes neighbouring lanes of a warp, eight each.
 #pragma once
+#include "common/pairs.cuh"
 #include "common/types.cuh"
 
-constexpr int kVectorValues = 8, kPairs = kVectorValues / 2;
 constexpr float kFloat16Max = 65504.0f;
 constexpr uint16_t kFloat16One = 0x3C00, kFloat16Nan = 0x7E00;
-// Added to 0 <= x < 2^22 it rounds half to even, and leaves the integer in the low bits of the sum.
-constexpr float kRounder = 12582912.0f;
-
-// Eight neighbouring values, the lower one of a pair in the low half.
-struct Values {
-    uint32_t pairs[kPairs];
-};
-
-DEVICE Values load_values(const uint16_t* x) {
-    const uint4 v = *reinterpret_cast<const uint4*>(x);
-    return {{v.x, v.y, v.z, v.w}};
-}
-
-DEVICE void store_values(uint16_t* x, const Values& v) {
-    *reinterpret_cast<uint4*>(x) = make_uint4(v.pairs[0], v.pairs[1], v.pairs[2], v.pairs[3]);
-}
-
-// Of two pairs; a NaN wins.
-template <class Format>
-struct Extremes;
-template <>
-struct Extremes<Float16> {
-    static DEVICE uint32_t least(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-    static DEVICE uint32_t most(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-};
-template <>
-struct Extremes<BFloat16> {
-    static DEVICE uint32_t least(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-    static DEVICE uint32_t most(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-};
 
 // The smallest and the largest value of a head, in all its lanes; NaN if it has one. All lanes of the warp take part.
 template <class Format, int kLanes>

@@ -55,8 +55,9 @@ DEVICE uint4 load_shared_16(uint32_t address) {
     return v;
 }
 
-DEVICE uint32_t load_shared_4(uint32_t address) {
+// One byte, widened.
+DEVICE uint32_t load_shared_1(uint32_t address) {
     uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }

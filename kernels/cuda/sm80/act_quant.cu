@@ -10,6 +10,8 @@
 // OPERATION     0 x, 1 silu_mul, 2 rms_norm, 3 add_rms_norm          IN_FORMAT     0 float16, 1 bfloat16
 // VECTORS       of 8 values that a thread holds                      WARP_ROWS     1: a row a warp, 0: a row a block
 // STORE_VALUES  1: also store what is quantized (for tests)
+#include "common/math.cuh"
+#include "common/pairs.cuh"
 #include "common/reduce.cuh"
 #include "common/types.cuh"
 
@@ -18,60 +20,26 @@ constexpr int kSiluMul = 1, kRmsNorm = 2, kAddRmsNorm = 3;
 constexpr bool kNormalizes = OPERATION == kRmsNorm || OPERATION == kAddRmsNorm;
 constexpr bool kTwoInputs = OPERATION == kSiluMul || OPERATION == kAddRmsNorm;
 constexpr bool kWholeBlock = !WARP_ROWS;
-constexpr int kVectorValues = 8, kPairs = kVectorValues / 2;
 constexpr int kBatch = VECTORS < 4 ? VECTORS : 4;  // vectors asked for before the first is waited for
 constexpr int kMaxThreads = WARP_ROWS ? 128 : VECTORS > 4 ? 832 : 1024;
 
 constexpr uint32_t kMagnitudes = 0x7FFF7FFFu;
 constexpr float kLog2E = 1.44269504f;
-// Added to |x| < 2^22 it rounds half to even, and leaves the integer in the low bits of the sum.
-constexpr float kRounder = 12582912.0f;
 // Below it the remainder of a division can lose bits to float32's smallest number: x and scale are lifted, exactly.
 constexpr float kSmallestScale = 0x1p-100f, kLift = 0x1p100f;
 
-// Four pairs of a row, the lower column in the low half.
-struct Values {
-    uint32_t pairs[kPairs];
-};
-
 DEVICE Values load(const uint16_t* row, int column, int k) {
-    if (column >= k) return {};
-    const uint4 v = *reinterpret_cast<const uint4*>(row + column);
-    return {{v.x, v.y, v.z, v.w}};
+    return column < k ? load_values(row + column) : Values{};
 }
 
 DEVICE void store(uint16_t* row, int column, int k, const Values& v) {
-    if (column < k)
-        *reinterpret_cast<uint4*>(row + column) = make_uint4(v.pairs[0], v.pairs[1], v.pairs[2], v.pairs[3]);
-}
-
-// Of two pairs of magnitudes; a NaN wins.
-DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
-    uint32_t y;
-    if (IN_FORMAT == 0)
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    else
-        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-    return y;
+    if (column < k) store_values(row + column, v);
 }
 
 // g / (1 + exp(-g)), within 2^-20 of its size for |g| < 4 and 2^-17 for any g. Where 1 + exp(-g) passes 2^126, for g
 // below -87.3, the result becomes -0; it is above -2^-119 there.
 DEVICE float silu(float g) {
-    float power, inverse;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(g, -kLog2E)));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fadd_rn(1.0f, power)));
-    return __fmul_rn(g, inverse);
-}
-
-DEVICE uint32_t add(uint32_t a, uint32_t b) {
-    return Format::pair(__fadd_rn(low_value<Format>(a), low_value<Format>(b)),
-                        __fadd_rn(high_value<Format>(a), high_value<Format>(b)));
-}
-
-DEVICE uint32_t multiply(uint32_t a, uint32_t b) {
-    return Format::pair(__fmul_rn(low_value<Format>(a), low_value<Format>(b)),
-                        __fmul_rn(high_value<Format>(a), high_value<Format>(b)));
+    return __fmul_rn(g, reciprocal(__fadd_rn(1.0f, power_of_2(__fmul_rn(g, -kLog2E)))));
 }
 
 DEVICE uint32_t silu(uint32_t pair) {
@@ -157,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
             for (int j = 0; j < kPairs; ++j) {
                 uint32_t& pair = held[i].pairs[j];
                 const uint32_t with = others[i - first].pairs[j];
-                pair = OPERATION == kSiluMul ? multiply(silu(pair), with) : add(pair, with);
+                pair = OPERATION == kSiluMul ? multiply<Format>(silu(pair), with) : add<Format>(pair, with);
             }
             if (OPERATION == kAddRmsNorm) store(residual_out + row * k, column_of(i), k, held[i]);
         }
@@ -178,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
         for (int i = 0; i < VECTORS; ++i)
 #pragma unroll
             for (int j = 0; j < kPairs; ++j)
-                held[i].pairs[j] = multiply(scaled(held[i].pairs[j], factor), gains[i].pairs[j]);
+                held[i].pairs[j] = multiply<Format>(scaled(held[i].pairs[j], factor), gains[i].pairs[j]);
     }
     if (STORE_VALUES) {
 #pragma unroll
@@ -189,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i)
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j) amax = max_pair(amax, held[i].pairs[j] & kMagnitudes);
+        for (int j = 0; j < kPairs; ++j) amax = Extremes<Format>::most(amax, held[i].pairs[j] & kMagnitudes);
     // As integers, magnitudes are in the order of their values, with NaN above infinity.
     amax = reduce_max<kWholeBlock>(max(amax & 0xFFFFu, amax >> 16), warp_amaxes);
 

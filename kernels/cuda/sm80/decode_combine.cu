@@ -1,16 +1,11 @@
 // Joins what blocks of decode_attention.cu computed of the same segment, a block a segment and query; see there.
 //
 // HEAD_DIM  threads of a block        FORMAT  of the output, 0 float16, 1 bfloat16
+#include "common/math.cuh"
 #include "common/types.cuh"
 #include "sm80/decode_work.cuh"
 
 using Format = FormatOf<FORMAT>::Type;
-
-DEVICE float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Grid [blocks of decode_attention.cu, queries_of_pass]; `rows` is its QUERIES.
 extern "C" __global__ void __launch_bounds__(HEAD_DIM)

@@ -16,6 +16,7 @@
 // BITS, HEAD_DIM  of the page        QUERIES  4 or 8, columns a group may have        FORMAT  of queries and outputs
 #pragma once
 #include "common/kv_page.cuh"
+#include "common/math.cuh"
 #include "common/mma.cuh"
 #include "common/types.cuh"
 
@@ -32,12 +33,6 @@ constexpr float kFirstValueScale = 0x1p32f;                   // kMaxScaled over
 constexpr float kSubnormal = 0x1p24f;
 constexpr float kUpperNibble = BITS == 4 ? 0.0625f : 1.0f;    // undoes the 2^4 of codes in the upper half of a byte
 constexpr uint32_t kQueryExponent = 14;                       // of a query's largest value, after scaling
-
-DEVICE float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // What lane 4 g + t loads of the query of column g: dimensions 32 part + 8 t .. + 7.
 struct RawQuery {

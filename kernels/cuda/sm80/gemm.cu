@@ -128,7 +128,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; ++i) {
         loader.copy(stages + i * StageLoader::kStageBytes, 0, 1);
-        loader.finish(schedule);
+        loader.finish();
+        loader.leave(1, schedule);
     }
 
     Sums acc = {};
@@ -161,9 +162,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     __syncthreads();
     load_first(stages);
 
-    Cursor cursor(schedule);
-    int reading = 0, steps = cursor.run;
-    while (steps > 0) {
+    int reading = 0;
+    const auto multiply_stage = [&] {
         uint32_t stage = stages + reading * StageLoader::kStageBytes;
         const uint32_t free_stage = kept(stages + (reading == 0 ? STAGES - 1 : reading - 1) * StageLoader::kStageBytes);
 #pragma unroll
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
             const bool last = i == kWarpTiles - 1;
             if (kWarpTiles == 1) loader.copy(free_stage, 0, 1);
             if (last) {
-                loader.finish(schedule);
+                loader.finish();
                 wait_for_copies<STAGES - 2>();
                 __syncthreads();    // the next stage has come for all, and all are done with this one
                 reading = reading == STAGES - 1 ? 0 : reading + 1;
@@ -179,7 +179,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
             }
             const int next = last ? first_tile : first_tile + i + 1;
             const bool new_group = last || next % kTilesPerGroup == 0;
-            if (new_group) load_scales(stage, next);
             if (kWarpTiles > 1 && !last) loader.copy(free_stage, i, kCopyParts);
             // While a stripe is multiplied, the next one is decoded, a register after every few mma, and what was
             // decoded before is loaded anew.
@@ -188,6 +187,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
                 const bool last_stripe = s == kStripes - 1;
                 const int next_stripe = last_stripe ? 0 : s + 1;
                 uint32_t next_low[4], next_high[4];
+                if (new_group && last_stripe) load_scales(stage, next);
                 load_raw(s, stage, next);
 #pragma unroll
                 for (int p = 0; p < kPairs; ++p) {
@@ -212,8 +212,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
                 for (int w = 0; w < 4; ++w) low[w] = next_low[w], high[w] = next_high[w];
             }
         }
+    };
 
-        if (cursor.advance()) {
+    Cursor cursor(schedule);
+    int steps = cursor.run;
+    while (steps > 0) {
+        // Until copies or sums come to another tile: a loop without a branch, over which nothing is scheduled.
+        const int units = min(cursor.run, loader.run());
+#pragma unroll 1
+        for (int i = 0; i < units; ++i) multiply_stage();
+        loader.leave(units, schedule);
+        cursor.run -= units;
+        if (cursor.run == 0) {
             if (WARPS_K > 1) add_over_warps(acc, partial, warp_k);
             if (steps == schedule.k_steps || add_over_blocks(acc, workspace, counters, schedule.owner(cursor.tile),
                                                              steps, schedule.k_steps, warp_k == 0)) {

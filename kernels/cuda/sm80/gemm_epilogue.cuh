@@ -20,14 +20,14 @@ DEVICE int32_t unbiased(int32_t acc, int32_t act_sum) {
     return kFormat == kProgressive ? acc - 128 * act_sum : acc;
 }
 
-// A load that stays where it is written: the compiler would hoist those of all tokens, which do not fit the registers.
-template <int kWords>
-DEVICE uint2 load_in_place(const void* pointer) {
-    uint2 v = make_uint2(0, 0);
-    if (kWords == 2)
-        asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(pointer));
-    else
-        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v.x) : "l"(pointer));
+// A load that stays where it is written (the compiler would hoist those of all tokens, which do not fit the registers), and
+// without a branch, over which nothing is scheduled. 0 where not `valid`.
+DEVICE uint32_t load_in_place(const void* pointer, bool valid) {
+    uint32_t v;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u32 %0, [%1]; }"
+        : "=r"(v)
+        : "l"(pointer), "r"(static_cast<uint32_t>(valid)));
     return v;
 }
 
@@ -44,20 +44,12 @@ struct TokenScale {
     int32_t sum;
 };
 
-// Tokens `token` (even) and `token + 1`; past the end zeros, since what they give is not stored. all_valid: of the tile's
-// tokens none is past the end, the same for all lanes.
+// Token `token`; past the end zeros, since what they give is not stored.
 template <bool kNeedsSums>
-DEVICE void load_token_pair(TokenScale (&pair)[2], const Output& output, int token, bool all_valid) {
-    uint2 scales = make_uint2(0, 0), sums = make_uint2(0, 0);
-    if (all_valid || token + 1 < output.m) {
-        scales = load_in_place<2>(output.act_scales + token);
-        if (kNeedsSums) sums = load_in_place<2>(output.act_sums + token);
-    } else if (token < output.m) {
-        scales = load_in_place<1>(output.act_scales + token);
-        if (kNeedsSums) sums = load_in_place<1>(output.act_sums + token);
-    }
-    pair[0] = {__uint_as_float(scales.x), static_cast<int32_t>(sums.x)};
-    pair[1] = {__uint_as_float(scales.y), static_cast<int32_t>(sums.y)};
+DEVICE TokenScale load_token(const Output& output, int token) {
+    const bool valid = token < output.m;
+    return {__uint_as_float(load_in_place(output.act_scales + token, valid)),
+            kNeedsSums ? static_cast<int32_t>(load_in_place(output.act_sums + token, valid)) : 0};
 }
 
 // Scales of channels g, g + 8, g + 16 and g + 24 of a stripe; kept in 16 bits, since registers are short here.
@@ -95,12 +87,17 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
                        int token, int lane) {
     const int g = lane >> 2, t = lane & 3;
     const int64_t tokens_8 = static_cast<int64_t>(output.n) * 8;
-    const bool odd = t & 1, all_valid = token + 8 * kTokenTiles <= output.m;
+    const bool odd = t & 1;
     // Pairs under way: a load takes as long as the work on eight of them; small tiles have few registers.
     constexpr int kAhead = kTokenTiles >= 12 ? kTokenTiles / 2 : kTokenTiles < 4 ? 1 : kTokenTiles / 4;
     TokenScale ahead[kAhead][2];
+    const auto load_ahead = [&](int j) {
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) load_token_pair<kFormat != kInt8>(ahead[j], output, token + 8 * j + 2 * t, all_valid);
+        for (int i = 0; i < 2; ++i)
+            ahead[j % kAhead][i] = load_token<kFormat != kInt8>(output, token + 8 * (j % kTokenTiles) + 2 * t + i);
+    };
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) load_ahead(j);
 #pragma unroll
     for (int s = 0; s < kStripes; ++s) {
         const int first = channel + s * kStripe;
@@ -112,9 +109,7 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
         for (int j = 0; j < kTokenTiles; ++j, to += tokens_8) {
             const int next = s * kTokenTiles + j + kAhead;
             const TokenScale pair[2] = {ahead[next % kAhead][0], ahead[next % kAhead][1]};
-            if (next < kStripes * kTokenTiles)
-                load_token_pair<kFormat != kInt8>(ahead[next % kAhead], output,
-                                                  token + 8 * (next % kTokenTiles) + 2 * t, all_valid);
+            if (next < kStripes * kTokenTiles) load_ahead(next);
             uint32_t words[4];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
@@ -144,7 +139,7 @@ DEVICE void store_sums(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
         for (int odd = 0; odd < 2; ++odd) {
             const int row = token + 8 * j + 2 * t + odd;
             if (row >= output.m) continue;
-            const int32_t act_sum = kFormat == kProgressive ? load_in_place<1>(output.act_sums + row).x : 0;
+            const int32_t act_sum = kFormat == kProgressive ? load_in_place(output.act_sums + row, true) : 0;
 #pragma unroll
             for (int q = 0; q < 4 * kStripes; ++q)
                 if (channel + g + 8 * q < output.n)

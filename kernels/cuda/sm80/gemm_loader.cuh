@@ -166,7 +166,7 @@ struct Loader {
     }
 
     DEVICE void enter_tile(const Schedule& schedule) {
-        if (cursor.run <= 0) {
+        if (cursor.run == 0) {
             stop();
             return;
         }
@@ -204,24 +204,31 @@ struct Loader {
         if (kHasScales && part == parts - 1) scales.copy(stage + kScalesAt);
     }
 
-    DEVICE void stop() {
-        act_rows.rows_left = 0;
-        stripes.stripes_left = 0;
-        weight_rows.rows_left = 0;
-        scales.groups_left = 0;
-    }
-
-    // The unit's copies were all issued: close their group and go to the next unit. Past the last one groups are empty.
-    DEVICE void finish(const Schedule& schedule) {
+    // The unit's copies were all issued: close their group and go to the next unit of the run.
+    DEVICE void finish() {
         commit_copies();
-        if (cursor.advance()) {
-            cursor.next_run(schedule);
-            enter_tile(schedule);
-            return;
-        }
         act_rows.next_step();
         if (kPacked) stripes.next_step();
         if (!kPacked) weight_rows.next_step();
         if (kHasScales) scales.next_step(operands.n);
+    }
+
+    // Units that can be finished before `leave` must be called for them.
+    DEVICE int run() const { return cursor.run; }
+
+    DEVICE void leave(int units, const Schedule& schedule) {
+        cursor.run -= units;
+        if (cursor.run > 0) return;
+        cursor.next_run(schedule);
+        enter_tile(schedule);
+    }
+
+    // Nothing is left to copy: from here on groups are empty.
+    DEVICE void stop() {
+        cursor.run = 1 << 30;
+        act_rows.rows_left = 0;
+        stripes.stripes_left = 0;
+        weight_rows.rows_left = 0;
+        scales.groups_left = 0;
     }
 };

@@ -43,14 +43,11 @@ struct Schedule {
 // Walks the units of a block: runs of steps of one tile.
 struct Cursor {
     int tile, step;    // where the run began
-    int run, left;     // units of this run and of those after it, the current unit included
+    int run, left;     // units of this run that are left, and of those after it; 0 at the end
 
     DEVICE explicit Cursor(const Schedule& schedule) : tile(blockIdx.x), step(0), run(schedule.k_steps), left(0) {
         if (tile >= schedule.whole) enter_shared(schedule);
     }
-
-    // To the next unit; returns whether the run is at its end. Past the last unit it never is again.
-    DEVICE bool advance() { return --run == 0; }
 
     DEVICE void next_run(const Schedule& schedule) {
         if (tile < schedule.whole) {

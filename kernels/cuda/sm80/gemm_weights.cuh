@@ -32,8 +32,7 @@ struct Weights {
     static constexpr int kBytesPerChannel = (kFormat == kInt8 ? 128 : 64) * kGroups;
     static constexpr bool kHasScales = kFormat == kProgressive;
 
-    uint32_t scale[kHasScales ? kStripes : 1][4], shift[kHasScales ? kStripes : 1][4];
-    uint32_t stored_scales[kHasScales ? kStripes : 1], stored_zeros[kHasScales ? kStripes : 1];
+    uint32_t scale[kHasScales ? kStripes : 1][4], shift[kHasScales ? kStripes : 1][4];    // of channels g + 8 b
 
     // Where a lane's weights of the stripe at `channel` are in a stage, for the first 32 inputs.
     static DEVICE int lane_offset(int channel, int lane) {
@@ -58,14 +57,17 @@ struct Weights {
         }
     }
 
-    // scales, zeros: shared addresses of the bytes of the warp's first channel in the group that begins
+    // Of the group that begins; begin_group must follow before the next decode. scales, zeros: shared addresses of the
+    // bytes of the warp's first channel. Byte by byte: what widens a byte is not needed then.
     DEVICE void load_scales(uint32_t scales, uint32_t zeros, int lane) {
         if (!kHasScales) return;
 #pragma unroll
-        for (int s = 0; s < kStripes; ++s) {
-            stored_scales[s] = load_shared_4(scales + s * kStripe + (lane >> 2) * 4);
-            stored_zeros[s] = load_shared_4(zeros + s * kStripe + (lane >> 2) * 4);
-        }
+        for (int s = 0; s < kStripes; ++s)
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+                scale[s][b] = load_shared_1(scales + s * kStripe + (lane >> 2) * 4 + b);
+                shift[s][b] = load_shared_1(zeros + s * kStripe + (lane >> 2) * 4 + b);
+            }
     }
 
     // code * s2 - offset, kept non-negative by adding 128: (code * s2) + (128 - offset) in each byte of one 32-bit
@@ -73,16 +75,11 @@ struct Weights {
     // (QServe, section 5.2.3, subtracts after the multiplication likewise). The 128 is taken back in the epilogue.
     DEVICE void begin_group() {
         if (!kHasScales) return;
+        // The stored byte is minus the offset, mod 256: 256 - offset, but 0 where the offset is 0.
 #pragma unroll
-        for (int s = 0; s < kStripes; ++s) {
-            // The stored byte is minus the offset, and flipping the sign adds 128.
-            const uint32_t shifts = stored_zeros[s] ^ 0x80808080u;
+        for (int s = 0; s < kStripes; ++s)
 #pragma unroll
-            for (int b = 0; b < 4; ++b) {
-                scale[s][b] = __byte_perm(stored_scales[s], 0, 0x4440 + b);
-                shift[s][b] = __byte_perm(shifts, 0, 0x1111 * b);
-            }
-        }
+            for (int b = 0; b < 4; ++b) shift[s][b] = min(shift[s][b] - 1, 255u) * 0x01010101u + 0x80808081u;
     }
 
     // Register i of the A fragments of channels 0-15 and 16-31 of stripe s.

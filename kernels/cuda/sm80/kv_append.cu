@@ -9,6 +9,7 @@
 // BITS      4, 8             ROPE       1: rotate, and write query_out, key_out, value_out; 0: keys are rotated already
 #include "common/kv_page.cuh"
 #include "common/kv_quantize.cuh"
+#include "common/pairs.cuh"
 #include "common/types.cuh"
 
 using Format = FormatOf<IN_FORMAT>::Type;
@@ -17,16 +18,6 @@ constexpr int kThreads = 128;
 constexpr int kLanes = HEAD_DIM / kVectorValues;
 constexpr int kHalf = HEAD_DIM / 2;  // dimensions d and d + kHalf turn together
 constexpr uint32_t kSigns = 0x80008000u;
-
-DEVICE uint32_t multiply(uint32_t a, uint32_t b) {
-    return Format::pair(__fmul_rn(low_value<Format>(a), low_value<Format>(b)),
-                        __fmul_rn(high_value<Format>(a), high_value<Format>(b)));
-}
-
-DEVICE uint32_t add(uint32_t a, uint32_t b) {
-    return Format::pair(__fadd_rn(low_value<Format>(a), low_value<Format>(b)),
-                        __fadd_rn(high_value<Format>(a), high_value<Format>(b)));
-}
 
 // Eight neighbours of a float32 table, rounded to Format.
 DEVICE Values load_rounded(const float* table) {
@@ -39,7 +30,8 @@ DEVICE void rotate(Values& v, const Values& partner, const Values& cosines, cons
     const uint32_t sign = is_lower_half ? kSigns : 0u;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
-        v.pairs[i] = add(multiply(v.pairs[i], cosines.pairs[i]), multiply(partner.pairs[i] ^ sign, sines.pairs[i]));
+        v.pairs[i] = add<Format>(multiply<Format>(v.pairs[i], cosines.pairs[i]),
+                                 multiply<Format>(partner.pairs[i] ^ sign, sines.pairs[i]));
 }
 
 // Codes of dimensions 8 * lane .. 8 * lane + 7 of the key of a token.

@@ -163,15 +163,18 @@ def test_verify_on_the_kernels(checkpoint: Path) -> None:
     assert all(cache["relative_error"] <= cache["tolerance"] for cache in report["kernels"]["caches"])
 
 
-@pytest.mark.parametrize("kv_bits", [4, 16])
-def test_eval_on_the_kernels_agrees_with_the_reference(checkpoint: Path, kv_bits: int) -> None:
-    args = ("eval", checkpoint, "--ppl", "builtin", "--limit", 8, "--seq-len", 256, "--kv-bits", kv_bits)
+# Rounding codes is chaotic: embeddings that are off by one in 10^6 change the loss of a token by 0.09 (4-bit cache) or
+# 0.03, standard deviation; 16 bits between layers instead of 32 by 0.15 or 0.04 (all measured on the reference alone).
+# That leaves 0.001 or 0.0003 of the mean over this text; the tolerances are four and seven times as wide.
+@pytest.mark.parametrize(("kv_bits", "tolerance"), [(4, 4e-3), (16, 2e-3)])
+def test_eval_on_the_kernels_agrees_with_the_reference(checkpoint: Path, kv_bits: int, tolerance: float) -> None:
+    args = ("eval", checkpoint, "--ppl", "builtin", "--seq-len", 256, "--kv-bits", kv_bits)
     scores = {}
     for backend in ("kernels", "reference"):
         (model,) = run(*args, "--backend", backend)["texts"]["builtin"]["models"].values()
         assert model["backend"] == backend
         scores[backend] = model["perplexity"]
-    assert scores["kernels"] == pytest.approx(scores["reference"], rel=2e-3)
+    assert scores["kernels"] == pytest.approx(scores["reference"], rel=tolerance)
 
 
 def test_a_wrong_sum_is_reported(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
