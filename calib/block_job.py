@@ -1,6 +1,6 @@
 """The journey of one decoder block: observe, transform, round, advance.
 
-Rotation, output smoothing, channel reorder and clipping belong into `_transform`; GPTQ is one more rounding method.
+Rotation, output smoothing, channel reorder and clipping belong into `_transform`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from qoq.calib.attention import observe
 from qoq.calib.metrics import RelativeError, relative_error
+from qoq.calib.moments import MomentObserver
 from qoq.calib.plan import Plan
-from qoq.calib.round import ROUNDING
+from qoq.calib.round.gptq import Inputs, gptq
+from qoq.calib.round.rtn import round_to_nearest
 from qoq.calib.smooth_attention import (
     KeyRanges,
     RangeObserver,
@@ -43,11 +45,15 @@ Tick = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """Relative errors of one linear: of its weight, and of its output for the inputs it gets when served."""
+    """Relative errors of one linear: of its weight, and of its output for the inputs it gets when served.
+
+    `fallback`: why it was rounded to nearest although the recipe says GPTQ, or None.
+    """
 
     weight_error: float
     output_error: float
     level1_absmax: int
+    fallback: str | None
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,7 @@ def quantize_block_(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner,
     """
     tensors = load_block_tensors(plan.source, plan.skeleton, index, runner.device)
     tensors, smoothing = _transform(plan, index, tensors, hidden, runner, tick)
-    quantized = _round(plan, index, tensors)
-    tick("rounded", 0.1)
+    quantized, fallbacks = _round(plan, index, tensors, hidden, runner, tick)
     kept = _kept_tensors(plan, index, tensors, quantized)
     output_error, linear_errors = _advance_(plan, index, tensors, quantized, kept, hidden, runner, tick)
     linears = {
@@ -88,6 +93,7 @@ def quantize_block_(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner,
             weight_error=relative_error(linear.dequantize(), tensors[f"{name}.weight"].cpu()),
             output_error=linear_errors[name].value,
             level1_absmax=int(linear.level1().abs().max()),
+            fallback=fallbacks.get(name),
         )
         for name, linear in quantized.items()
     }
@@ -140,19 +146,65 @@ def _transform(
     return folded, smoothing
 
 
-def _round(plan: Plan, index: int, tensors: dict[str, Tensor]) -> dict[str, QuantizedLinear]:
+def _round(
+    plan: Plan, index: int, tensors: dict[str, Tensor], hidden: Tensor, runner: BlockRunner, tick: Tick
+) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
+    """The block's quantized linears, and why some of them were rounded to nearest instead, by relative name."""
     prefix = plan.skeleton.family.block_prefix(index)
     recipe = plan.request.recipe
-    rounded = {}
-    for full in plan.skeleton.linears(index):
-        name = full.removeprefix(prefix)
-        if full in plan.quantized:
-            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            try:
-                rounded[name] = ROUNDING[recipe.rounding](weight, bias, recipe.group_size)
-            except ValueError as error:
-                raise InputError(f"{full}: {error}") from error
-    return rounded
+    names = [full.removeprefix(prefix) for full in plan.skeleton.linears(index) if full in plan.quantized]
+    inputs = {}
+    if recipe.rounding == "gptq":
+        inputs = _observe_inputs(plan, index, tensors, names, hidden, runner, tick)
+    rounded, fallbacks = {}, {}
+    for name in names:
+        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+        try:
+            if recipe.rounding == "gptq":
+                result = gptq(weight, bias, recipe.group_size, inputs[name])
+                rounded[name] = result.linear
+                if result.fallback is not None:
+                    fallbacks[name] = result.fallback
+            else:
+                rounded[name] = round_to_nearest(weight, bias, recipe.group_size)
+        except ValueError as error:
+            raise InputError(f"{prefix}{name}: {error}") from error
+        if name in fallbacks and plan.request.strict:
+            raise InputError(
+                f"{prefix}{name}: GPTQ failed: {fallbacks[name]}",
+                remedy="calibrate on more text, or leave out --strict to round this linear to nearest",
+            )
+        tick(f"rounding {name}", 0.1 / len(names))
+    return rounded, fallbacks
+
+
+def _observe_inputs(
+    plan: Plan,
+    index: int,
+    tensors: dict[str, Tensor],
+    names: list[str],
+    hidden: Tensor,
+    runner: BlockRunner,
+    tick: Tick,
+) -> dict[str, Inputs]:
+    family = plan.skeleton.family
+    groups = [tuple(n for role in roles if (n := family.roles[role]) in names) for roles in family.shared_inputs]
+    block = build_block(plan.skeleton, index, tensors)
+    observer = MomentObserver(block, [group for group in groups if group])
+    batches = -(-hidden.shape[0] // runner.batch)
+    for _, batch in runner.batches(hidden):
+        observer.run(partial(runner, index, block, batch))
+        tick("observing inputs", 0.2 / batches)
+    try:
+        moments = observer.moments()
+    except ValueError as error:
+        raise InputError(
+            f"{family.block_prefix(index)}{error}",
+            remedy="the model is damaged, or its weights do not fit its configuration",
+        ) from error
+    damping = plan.request.recipe.gptq.damping
+    shared = {id(found): Inputs.of(found, damping=damping) for found in moments.values()}
+    return {name: shared[id(found)] for name, found in moments.items()}
 
 
 def _kept_tensors(

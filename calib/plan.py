@@ -30,7 +30,8 @@ KeptDtype = Literal["float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What the user asked for. `model` is a folder or a .gguf file; `model_name` is how reports call it."""
+    """What the user asked for. `model` is a folder or a .gguf file; `model_name` is how reports call it; `strict` stops
+    where a linear would fall back on a simpler method."""
 
     model: Path
     model_name: str
@@ -41,13 +42,14 @@ class QuantizeRequest:
     kept_dtype: KeptDtype = "float16"
     max_shard_bytes: int = 5_000_000_000
     trust_remote_code: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes and operations a run needs, from sizes alone.
 
-    block         one float32 block
+    block         one float32 block, and with GPTQ the moments of its inputs
     hidden        calibration hidden states, float32
     decoded       the block's quantized linears, int8, and the temporaries of rounding its largest linear
     activations   the widest temporary of a forward pass over one batch
@@ -275,23 +277,39 @@ def _estimate(
 ) -> Estimate:
     calibration = recipe.calibration
     tokens = calibration.samples * calibration.seq_len
-    linears = skeleton.linears(0).values()
-    weights = sum(linear.weight.numel() for linear in linears)
-    largest = max(linear.weight.numel() for linear in linears)
-    widest = max(linear.out_features for linear in linears)
+    linears = skeleton.linears(0)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    largest = max(linear.weight.numel() for linear in linears.values())
+    widest = max(linear.out_features for linear in linears.values())
     batch_tokens = max(calibration.seq_len, 2048)
     embedding = skeleton.vocab_size * skeleton.hidden_size
     stored = source.info(f"{skeleton.family.embedding}.weight").dtype.itemsize
     hidden = tokens * skeleton.hidden_size * 4
     # Passes over a block, times two for what is not a matrix product: measured on small models, CPU and GPU.
     passes = 2 * (1.5 + (1.0 if recipe.smooth_attention else 0.0))
+    operations = 2.0 * weights * tokens * passes
+    moments = 0
+    if recipe.rounding == "gptq":
+        inputs = [linears[roles[0]].in_features for roles in _shared(skeleton)]
+        # Moments in float64 and factors in float32 stay; three matrices come and go while the largest is factored.
+        moments = sum(12 * k * k for k in inputs) + 3 * 8 * max(inputs) ** 2
+        # Another pass, the products of the inputs, two factorings and an inversion in float64, and the updates.
+        operations += 2.0 * weights * tokens + sum(2.0 * tokens * k * k + 8.0 * k**3 for k in inputs)
+        operations += sum(2.0 * linear.weight.numel() * linear.in_features for linear in linears.values())
     return Estimate(
-        block=weights * 4,
+        block=weights * 4 + moments,
         hidden=hidden,
         decoded=weights + largest * 4 * 4,
         activations=batch_tokens * widest * 4 * 4,
         embedding=embedding * (stored + 4),
         checkpoint=sum(shard.nbytes for shard in shards),
         state=hidden * 2,
-        operations=2.0 * weights * tokens * passes * skeleton.num_blocks if quantized else 0.0,
+        operations=operations * skeleton.num_blocks if quantized else 0.0,
     )
+
+
+def _shared(skeleton: Skeleton) -> list[tuple[str, ...]]:
+    """Full names of the linears of block 0 that multiply the same input."""
+    family = skeleton.family
+    prefix = family.block_prefix(0)
+    return [tuple(prefix + family.roles[role] for role in roles) for roles in family.shared_inputs]

@@ -37,6 +37,12 @@ class SmoothAttention(_Frozen):
         return self
 
 
+class Gptq(_Frozen):
+    """GPTQ (Frantar et al., 2022): `damping` times the mean of diag(H) is added to the diagonal of H."""
+
+    damping: float = Field(0.01, gt=0.0, le=1.0)
+
+
 class Calibration(_Frozen):
     """What text the observations are made on: `samples` windows of `seq_len` tokens."""
 
@@ -50,14 +56,16 @@ class Recipe(_Frozen):
     """How a model becomes a W4A8KV4 checkpoint.
 
     `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
-    `rounding` names a function of qoq.calib.round. A transform that is None is not applied.
+    `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
+    applied.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     description: str = ""
     group_size: Literal[128] | None = 128
     zero_domain: Literal["pre_scale"] = "pre_scale"
-    rounding: Literal["rtn"] = "rtn"
+    rounding: Literal["rtn", "gptq"] = "rtn"
+    gptq: Gptq = Gptq()
     act_bits: Literal[8, 16] = 8
     kv_bits: Literal[4, 8, 16] = 4
     smooth_attention: SmoothAttention | None = None

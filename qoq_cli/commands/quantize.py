@@ -95,6 +95,10 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Continue an unfinished run (default), or begin again.")
     ] = True,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop where GPTQ fails for a linear, instead of rounding it to nearest."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, memory, disk and time; touch nothing.")
     ] = False,
@@ -140,6 +144,7 @@ def quantize(
             kept_dtype="bfloat16" if dtype == "bfloat16" else "float16",
             max_shard_bytes=parse_size(max_shard_size),
             trust_remote_code=trust_remote_code,
+            strict=strict,
         )
     )
     for warning in plan.warnings:
@@ -339,7 +344,24 @@ def _render_result(console: Console, plan: Plan, result: RunResult) -> None:
     peaks = ", ".join(f"{size(count)} {where}" for where, count in sorted(run["peak_bytes"].items()))
     summary.add_row("peak memory", peaks)
     console.print(summary)
+    _render_fallbacks(console, plan, manifest)
     console.print("\nNext:", Text(f"qoq verify {shlex.quote(str(plan.request.output))}", "bold"), soft_wrap=True)
+
+
+def _render_fallbacks(console: Console, plan: Plan, manifest: dict[str, Any]) -> None:
+    """Name the linears that were rounded to nearest although the recipe says GPTQ, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for record in manifest["blocks"]:
+        prefix = plan.skeleton.family.block_prefix(record["block"])
+        for name, linear in record["linears"].items():
+            if linear["fallback"] is not None:
+                by_reason.setdefault(linear["fallback"], []).append(prefix + name)
+    if by_reason:
+        count, total = sum(map(len, by_reason.values())), manifest["totals"]["quantized_linears"]
+        console.print(f"\n{count} of {total} linears were rounded to nearest instead of with GPTQ:")
+    for reason, names in by_reason.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        console.print(f"  {reason}: {some}", soft_wrap=True)
 
 
 def _bits(bits: float | None) -> str:

@@ -20,6 +20,9 @@ LINEAR_ROLES = {
     "mlp_down": "mlp.down_proj",
 }
 
+SHARED_INPUTS = (("attn_q", "attn_k", "attn_v"), ("attn_out",), ("mlp_gate", "mlp_up"), ("mlp_down",))
+"""Roles of linears that multiply the same input."""
+
 GGUF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -44,6 +47,7 @@ class Family:
 
     blocks        module path of the decoder blocks; block i is `{blocks}.{i}`
     roles         what each linear of a block is, by role, relative to the block; these are quantized
+    shared_inputs roles that multiply the same input
     key_fold      where SmoothAttention folds its scale
     rope_types    RoPE variants that rotate channel i with i + head_dim / 2 and so admit a shared scale per pair
     gguf_arch     the architecture's name in GGUF files, and `gguf_names` the tensor names there
@@ -62,6 +66,7 @@ class Family:
     rotary: str = "model.rotary_emb"
     lm_head: str = "lm_head"
     roles: Mapping[str, str] = field(default_factory=lambda: dict(LINEAR_ROLES))
+    shared_inputs: tuple[tuple[str, ...], ...] = SHARED_INPUTS
     gguf_names: Mapping[str, str] = field(default_factory=lambda: dict(GGUF_NAMES))
     attention: str = "self_attn"
     query_norm: str = "self_attn.q_norm"

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qoq.calib.round import ROUNDING
-from qoq.calib.round.rtn import round_to_nearest, scales_float16
+from qoq.calib.round.grid import scales_float16
+from qoq.calib.round.rtn import round_to_nearest
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.formats.packing import pack_linear, unpack_linear
 from qoq.formats.quantized_linear import PROTECTIVE_QMAX, QuantizedLinear, ZeroPoints
-from qoq.recipes.schema import Recipe
 
 Oracle = Callable[..., Any]
 MODES = pytest.mark.parametrize("group_size", [128, None], ids=["g128", "per-channel"])
@@ -305,7 +304,3 @@ def test_scales_are_the_nearest_float16_or_one_above() -> None:
         normal = nearest >= 2.0**-14
         assert torch.equal(scales[normal], nearest[normal])
         assert bool((scales.float() - (ranges / levels) <= TINY).all() | normal.any())
-
-
-def test_every_rounding_of_the_schema_exists() -> None:
-    assert set(Recipe.model_fields["rounding"].annotation.__args__) == set(ROUNDING)  # type: ignore[union-attr]

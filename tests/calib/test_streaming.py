@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qoq.calib import streaming
 from qoq.calib.plan import open_model
-from qoq.calib.round import ROUNDING
+from qoq.calib.round.rtn import round_to_nearest
 from qoq.calib.skeleton import Skeleton
 from qoq.calib.streaming import BlockRunner, StreamedModel, build_block, embed, load_block_tensors
 from qoq.formats.arithmetic import IntegerWeight
@@ -250,7 +250,7 @@ def test_a_served_block_equals_the_reference(
     quantized, served = {}, {}
     for role in skeleton.family.roles.values():
         bias = tensors.get(f"{role}.bias")
-        linear = ROUNDING["rtn"](tensors[f"{role}.weight"], bias, group_size)
+        linear = round_to_nearest(tensors[f"{role}.weight"], bias, group_size)
         quantized[role] = IntegerWeight.decode(linear)
         stored = None if linear.bias is None else linear.bias.double().numpy()
         served[f"model.layers.1.{role}"] = (linear.dequantize().double().numpy(), stored)

@@ -1,0 +1,98 @@
+"""Where codes may lie: scales and zeros of a weight, fixed before any code is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qoq.formats.packing import padded_in_features
+from qoq.formats.quantized_linear import CODE_MAX, PROTECTIVE_QMAX, QuantizedLinear, ZeroPoints
+from qoq.recipes.schema import GROUP_SIZE
+
+_FLOAT16 = torch.finfo(torch.float16)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zeros of a weight [N, K], on its device, from the ranges of rows and groups.
+
+    s1      float16 [N]; a weight counts in units of it
+    s2      float32 [N, G] on the progressive grid, with G groups of 128 (K padded); None for one level per channel
+    zeros   float32 [N, G], or [N, 1] per channel
+    limit   units beyond which a weight is clamped before it is rounded, so that no code leaves int8
+    """
+
+    s1: Tensor
+    s2: Tensor | None
+    zeros: Tensor
+    limit: float
+
+    @staticmethod
+    def of(weight: Tensor, group_size: int | None) -> Grid:
+        """The grid of weight float32 [N, K]. Raises ValueError when a scale does not fit float16."""
+        weight = padded(weight)
+        if group_size is None:
+            # Ranges contain 0, so that zero weights, and padding, stay zero.
+            high, low = weight.amax(dim=1).clamp(min=0), weight.amin(dim=1).clamp(max=0)
+            s1 = scales_float16(high - low, CODE_MAX)
+            zeros = torch.round(-low / s1.float()).clamp(0, CODE_MAX)
+            return Grid(s1, None, zeros.unsqueeze(1), torch.inf)
+        s1 = scales_float16(weight.abs().amax(dim=1), PROTECTIVE_QMAX)
+        units = (weight / s1.float().unsqueeze(1)).clamp(-PROTECTIVE_QMAX, PROTECTIVE_QMAX)
+        groups = units.view(weight.shape[0], -1, GROUP_SIZE)
+        high, low = groups.amax(dim=2).clamp(min=0), groups.amin(dim=2).clamp(max=0)
+        s2 = torch.round((high - low) / CODE_MAX).clamp(min=1)
+        return Grid(s1, s2, torch.round(-low / s2).clamp(0, CODE_MAX), PROTECTIVE_QMAX)
+
+    def units(self, weight: Tensor) -> Tensor:
+        """weight [N, K] in units of s1, clamped, float32 [N, K_padded]."""
+        return (padded(weight) / self.s1.float().unsqueeze(1)).clamp(-self.limit, self.limit)
+
+    def scale_and_zero(self, column: int) -> tuple[Tensor | float, Tensor]:
+        """Of the group of an input: s2 (1 per channel) and zeros, float32 [N]."""
+        if self.s2 is None:
+            return 1.0, self.zeros[:, 0]
+        return self.s2[:, column // GROUP_SIZE], self.zeros[:, column // GROUP_SIZE]
+
+    def nearest(self, units: Tensor) -> Tensor:
+        """The nearest codes of units [N, K_padded], float32. Ties go to even codes."""
+        if self.s2 is None:
+            return torch.round(units + self.zeros).clamp(0, CODE_MAX)
+        # Level 2 rounds the unrounded quotient: rounding it to int8 first would add an error of its own.
+        grouped = units.view(units.shape[0], -1, GROUP_SIZE)
+        codes = torch.round(grouped / self.s2.unsqueeze(2) + self.zeros.unsqueeze(2)).clamp(0, CODE_MAX)
+        return codes.view_as(units)
+
+    def linear(self, codes: Tensor, bias: Tensor | None, in_features: int) -> QuantizedLinear:
+        """The layer with these codes [N, K_padded], on the CPU. Raises ValueError when a value does not fit float16."""
+        return QuantizedLinear(
+            codes=codes.to(torch.uint8).cpu(),
+            s1_scales=self.s1.cpu(),
+            s2_scales=None if self.s2 is None else self.s2.to(torch.uint8).cpu(),
+            zeros=ZeroPoints(self.zeros.to(torch.uint8).cpu()),
+            bias=None if bias is None else bias.to(torch.float16).cpu(),
+            in_features=in_features,
+        )
+
+
+def padded(weight: Tensor) -> Tensor:
+    """weight [N, K] with columns of zeros up to a multiple of 128."""
+    k = weight.shape[1]
+    return torch.nn.functional.pad(weight, (0, padded_in_features(k) - k))
+
+
+def scales_float16(ranges: Tensor, levels: int) -> Tensor:
+    """ranges / levels rounded to float16 [N], never zero and never so small that more than `levels` steps are needed.
+
+    A range of zero gives scale 1. Raises ValueError when a scale is beyond float16.
+    """
+    exact = ranges / levels
+    if bool((exact > _FLOAT16.max).any()):
+        raise ValueError(f"channel {int(exact.argmax())} spans {float(ranges.max()):g}: its scale exceeds float16")
+    scales = exact.to(torch.float16).clamp(min=_FLOAT16.smallest_normal * _FLOAT16.eps)
+    # Only among subnormals can rounding down lose more than half a step; the next float16 up then covers the range.
+    short = ranges / scales.float() > levels + 0.5
+    scales = (scales.view(torch.int16) + short).view(torch.float16)
+    return torch.where(ranges > 0, scales, torch.ones_like(scales))

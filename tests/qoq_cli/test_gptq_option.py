@@ -1,0 +1,56 @@
+"""A recipe with GPTQ from the command line: what is told where it falls back, and --strict."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def options(tmp_path: Path, text_file: Path) -> tuple[object, ...]:
+    """160 calibration tokens: enough for the 128 inputs of most linears, too few for the 256 of down_proj."""
+    recipe = tmp_path / "gptq.yaml"
+    recipe.write_text("rounding: gptq\ngptq: {damping: 0.02}\n", encoding="utf-8")
+    return ("--recipe", recipe, "--calib", text_file, "--samples", 10, "--seq-len", 16, "--device", "cpu")
+
+
+@pytest.fixture
+def model(tmp_path: Path, make_model: Callable[..., Path]) -> Path:
+    return make_model(tmp_path / "model")
+
+
+def test_linears_that_fall_back_are_counted_and_named(
+    qoq: Any, model: Path, options: tuple[object, ...], tmp_path: Path
+) -> None:
+    outcome = qoq("quantize", model, *options, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.stderr
+    said = " ".join(outcome.stdout.split())
+    assert "2 of 14 linears were rounded to nearest instead of with GPTQ" in said
+    assert "160 calibration tokens for 256 inputs: model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj" in said
+    shutil.rmtree(tmp_path / "out")
+    data = qoq("quantize", model, *options, "-o", tmp_path / "out", "--json").json
+    reasons = {name: linear["fallback"] for name, linear in data["blocks"][0]["linears"].items()}
+    assert reasons.pop("mlp.down_proj") == "160 calibration tokens for 256 inputs"
+    assert set(reasons.values()) == {None}
+    assert data["recipe"]["gptq"] == {"damping": 0.02}
+    assert qoq("verify", tmp_path / "out").code == 0
+
+
+def test_strict_stops_instead(fails: Any, qoq: Any, model: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    error = fails(2, "quantize", model, *options, "-o", tmp_path / "out", "--strict")
+    assert "model.layers.0.mlp.down_proj: GPTQ failed: 160 calibration tokens for 256 inputs" in error
+    assert not (tmp_path / "out" / "qoq_manifest.json").exists()
+    assert qoq("quantize", model, *options, "-o", tmp_path / "out").code == 0, "the same command goes on without it"
+
+
+def test_the_plan_counts_what_gptq_takes(qoq: Any, model: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    facts = qoq("quantize", model, *options, "--dry-run", "--json").json
+    plain = qoq("quantize", model, *options, "--recipe", "rtn-g128", "--dry-run", "--json").json
+    # Moments in float64 and factors in float32 of 128, 128, 128 and 256 inputs, and three more of the largest.
+    more = 12 * (3 * 128**2 + 256**2) + 24 * 256**2
+    assert facts["memory_bytes"]["one_block"] - plain["memory_bytes"]["one_block"] == more
+    assert not (tmp_path / "checkpoints").exists()
