@@ -157,16 +157,17 @@ def _round(
     if recipe.rounding == "gptq":
         inputs = _observe_inputs(plan, index, tensors, names, hidden, runner, tick)
     rounded, fallbacks = {}, {}
+    searches = recipe.grid == "search"
     for name in names:
         weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
         try:
             if recipe.rounding == "gptq":
-                result = gptq(weight, bias, recipe.group_size, inputs[name])
+                result = gptq(weight, bias, recipe.group_size, inputs[name], search=searches)
                 rounded[name] = result.linear
                 if result.fallback is not None:
                     fallbacks[name] = result.fallback
             else:
-                rounded[name] = round_to_nearest(weight, bias, recipe.group_size)
+                rounded[name] = round_to_nearest(weight, bias, recipe.group_size, search=searches)
         except ValueError as error:
             raise InputError(f"{prefix}{name}: {error}") from error
         if name in fallbacks and plan.request.strict:

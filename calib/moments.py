@@ -42,7 +42,7 @@ class MomentObserver:
 
     def moments(self) -> dict[str, Moments]:
         """By the name of every linear. Raises ValueError where an input was NaN or infinite."""
-        found = {}
+        found: dict[str, Moments] = {}
         for names in self._shared:
             tokens = self._tokens[names[0]]
             moments = Moments(self._sums[names[0]] / tokens, tokens)

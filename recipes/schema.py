@@ -57,7 +57,8 @@ class Recipe(_Frozen):
 
     `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
     `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
-    applied.
+    applied. `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the
+    least error.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -66,6 +67,7 @@ class Recipe(_Frozen):
     zero_domain: Literal["pre_scale"] = "pre_scale"
     rounding: Literal["rtn", "gptq"] = "rtn"
     gptq: Gptq = Gptq()
+    grid: Literal["range", "search"] = "range"
     act_bits: Literal[8, 16] = 8
     kv_bits: Literal[4, 8, 16] = 4
     smooth_attention: SmoothAttention | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qoq.calib.round.grid import Grid
+from qoq.calib.round.grid_search import search_grid
 from qoq.formats.packing import padded_in_features
 from qoq.formats.quantized_linear import CODE_MAX, QuantizedLinear
 
@@ -60,15 +61,17 @@ class Rounded:
     fallback: str | None
 
 
-def gptq(weight: Tensor, bias: Tensor | None, group_size: int | None, inputs: Inputs) -> Rounded:
+def gptq(
+    weight: Tensor, bias: Tensor | None, group_size: int | None, inputs: Inputs, *, search: bool = False
+) -> Rounded:
     """Quantize weight float32 [N, K] for these inputs, on the weight's device; the result is on the CPU.
 
-    Inputs that are always zero get the codes of zero. Falls back on rounding to nearest where there are fewer tokens
-    than inputs, where H has no factor, or where GPTQ gains nothing. Raises ValueError when a scale or the bias does not
-    fit float16.
+    `search`: scales and zeros by the error they leave on inputs of these mean squares, else by ranges. Inputs that are
+    always zero get the codes of zero. Falls back on rounding to nearest where there are fewer tokens than inputs, where
+    H has no factor, or where GPTQ gains nothing. Raises ValueError when a scale or the bias does not fit float16.
     """
     in_features, moments = weight.shape[1], inputs.moments
-    grid = Grid.of(weight, group_size)
+    grid = search_grid(weight, group_size, moments.matrix.diagonal()) if search else Grid.of(weight, group_size)
     nearest = grid.nearest(grid.units(weight))
 
     def rounded(codes: Tensor, fallback: str | None) -> Rounded:
@@ -99,7 +102,8 @@ def _inverse_factor(matrix: Tensor, damping: float) -> Tensor | None:
         if int(failed) == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if int(failed) == 0 and bool(torch.isfinite(upper).all()):
-                return upper.float()
+                factor: Tensor = upper.float()
+                return factor
     return None
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from qoq.calib.round.grid import Grid
+from qoq.calib.round.grid_search import search_grid
 from qoq.formats.quantized_linear import QuantizedLinear
 
 
-def round_to_nearest(weight: Tensor, bias: Tensor | None, group_size: int | None) -> QuantizedLinear:
+def round_to_nearest(
+    weight: Tensor, bias: Tensor | None, group_size: int | None, *, search: bool = False
+) -> QuantizedLinear:
     """Quantize weight float32 [N, K] with its bias [N], on the weight's device; the result is on the CPU.
 
     group_size 128: int8 scale per channel, then uint4 codes with integer scale and zero per group (QServe paper,
     section 4.1). None: uint4 codes with one scale and zero per channel. K is padded to a multiple of 128 with codes
-    that decode to zero. Raises ValueError when a scale or the bias does not fit float16.
+    that decode to zero. `search`: scales and zeros by the error they leave, else by ranges. Raises ValueError when a
+    scale or the bias does not fit float16.
     """
-    grid = Grid.of(weight, group_size)
+    grid = search_grid(weight, group_size, None) if search else Grid.of(weight, group_size)
     return grid.linear(grid.nearest(grid.units(weight)), bias, weight.shape[1])

@@ -11,6 +11,7 @@
 // WARPS_N, WARPS_M, WARPS_K  how warps share a stage        STAGES  of the copy pipeline
 // BLOCKS_PER_SM  that registers must leave room for
 #include "common/async_copy.cuh"
+#include "common/global_memory.cuh"
 #include "common/mma.cuh"
 #include "common/types.cuh"
 #include "sm80/gemm_epilogue.cuh"
@@ -79,26 +80,23 @@ DEVICE bool add_over_blocks(Sums& acc, int32_t* workspace, int32_t* counters, in
     if (arrived != k_steps) {
         if (holds_sums) {
 #pragma unroll
-            for (int i = 0; i < kAccumulators; ++i)
-                asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(sums + i * kPart), "r"(flat[i])
-                             : "memory");
-            __threadfence();
+            for (int i = 0; i < kAccumulators; ++i) add_relaxed(sums + i * kPart, flat[i]);
         }
         __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(additions, steps);
+        if (threadIdx.x == 0) {
+            __threadfence();    // of what all threads added: they did so before the barrier
+            atomicAdd(additions, steps);
+        }
         return false;
     }
     if (threadIdx.x == 0) {
-        int added;
-        do
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(added) : "l"(additions) : "memory");
-        while (added != k_steps - steps);
+        while (load_acquire(additions) != k_steps - steps) {
+        }
         *arrivals = 0;
         *additions = 0;
     }
     __syncthreads();
     if (holds_sums) {
-        __threadfence();
 #pragma unroll
         for (int i = 0; i < kAccumulators; ++i) {
             flat[i] += __ldcg(sums + i * kPart);

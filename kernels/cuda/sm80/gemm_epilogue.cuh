@@ -1,5 +1,6 @@
 // From int32 sums to the output: scales, zero term, bias, and stores of whole sectors.
 #pragma once
+#include "common/global_memory.cuh"
 #include "common/mma.cuh"
 #include "common/types.cuh"
 #include "sm80/gemm_weights.cuh"
@@ -18,17 +19,6 @@ struct Output {
 template <int kFormat>
 DEVICE int32_t unbiased(int32_t acc, int32_t act_sum) {
     return kFormat == kProgressive ? acc - 128 * act_sum : acc;
-}
-
-// A load that stays where it is written (the compiler would hoist those of all tokens, which do not fit the registers), and
-// without a branch, over which nothing is scheduled. 0 where not `valid`.
-DEVICE uint32_t load_in_place(const void* pointer, bool valid) {
-    uint32_t v;
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.u32 %0, [%1]; }"
-        : "=r"(v)
-        : "l"(pointer), "r"(static_cast<uint32_t>(valid)));
-    return v;
 }
 
 // From lanes t that hold words 2 t .. (low) and 2 t .. (high) of two rows of eight: neighbouring lanes exchange one, so that

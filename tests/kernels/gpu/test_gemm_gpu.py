@@ -6,124 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from qoq.formats.arithmetic import IntegerWeight, QuantizedActivation, linear_forward, quantize_activation
-from qoq.formats.packing import pack_linear, padded_in_features
-from qoq.formats.quantized_linear import QuantizedLinear, S2Offsets, ZeroPoints
+from qoq.formats.arithmetic import QuantizedActivation, linear_forward, quantize_activation
+from qoq.formats.packing import padded_in_features
 from qoq.kernels.dispatch import GemmChoice, WeightFormat, gemm_table, gemm_tile
 from qoq.kernels.gemm import run_gemm
 from qoq.kernels.launch import architecture, num_sms
 from qoq.kernels.oracles import emulate_packed_codes, emulate_packed_level1, gemm_oracle
+from tests.kernels.gemm_cases import Case, assert_same
 
 pytestmark = pytest.mark.gpu
 FORMATS: tuple[WeightFormat, ...] = ("g128", "per_channel", "int8")
 ODD_SHAPES = [(1, 32, 128), (3, 96, 256), (17, 160, 128), (33, 576, 640), (70, 192, 640), (130, 352, 1024)]
 DTYPES = (torch.float16, torch.bfloat16)
 TILES = sorted(gemm_table()["tiles"])
-
-
-class Case:
-    """Random operands on the CPU, the exact sums, and the output that `linear_forward` defines."""
-
-    def __init__(self, weights: WeightFormat, m: int, n: int, k: int, seed: int, *, bias: bool = True) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def integers(low: int, high: int, *shape: int) -> Tensor:
-            return torch.randint(low, high + 1, shape, generator=generator)
-
-        self.weights, self.m, self.n = weights, m, n
-        s1 = (10 ** (torch.rand(n, generator=generator) * 5 - 5)).to(torch.float16)
-        s1[0] = 6e-8  # the smallest float16
-        bias_values = torch.randn(n, generator=generator).to(torch.float16) if bias else None
-        acts = integers(-127, 127, m, k)
-        acts[0] = 127
-        acts[m // 2] = 0  # a token of zeros
-        acts[-1] = -127
-        self.codes = acts.to(torch.int8)
-        self.scales = 10 ** (torch.rand(m, generator=generator) * 8 - 6)
-        self.scales[m // 2] = 1
-        self.sums = acts.sum(1).to(torch.int32)
-        if weights == "int8":
-            values = integers(-128, 127, n, k)
-            self.operands: dict[str, Tensor] = {"weight": values.to(torch.int8), "s1_scales": s1}
-            if bias_values is not None:
-                self.operands["bias"] = bias_values
-            self.level1 = values
-            decoded = IntegerWeight(values.to(torch.int8), s1.float(), None, None)
-            self._bias = bias_values
-        else:
-            linear = random_linear(weights, n, k, s1, bias_values, integers)
-            self.operands = pack_linear(linear)
-            self.level1 = linear.level1().long() if weights == "g128" else linear.codes.long()
-            decoded = IntegerWeight.decode(linear)
-        self._decoded = decoded
-
-    def acc(self) -> Tensor:
-        exact = self.codes.cuda().double() @ self.level1.cuda().double().t()  # below 2**53, in whatever order
-        return exact.to(torch.int32).cpu()
-
-    def out(self, dtype: torch.dtype) -> Tensor:
-        """As `linear_forward`, but from the given codes and scales."""
-        weight = self._decoded
-        y = self.acc().float() * (self.scales.unsqueeze(1) * weight.s1_scales)
-        if weight.s1_szeros is not None:
-            y = y - (self.scales * self.sums.float()).unsqueeze(1) * weight.s1_szeros
-        y = y.to(dtype)
-        bias = self.operands.get("bias")
-        return y if bias is None else y + bias.float().to(dtype)
-
-    def expected(self, dtype: torch.dtype) -> Tensor:
-        return self.acc() if dtype == torch.int32 else self.out(dtype)
-
-    def run(self, dtype: torch.dtype, choice: GemmChoice | None = None) -> Tensor:
-        gpu = {name: tensor.cuda() for name, tensor in self.operands.items()}
-        out = torch.empty(self.m + 2, self.n, dtype=dtype, device="cuda")
-        out.view(torch.uint8).fill_(0x7F)
-        result = run_gemm(
-            self.weights,
-            self.codes.cuda(),
-            self.scales.cuda(),
-            self.sums.cuda(),
-            gpu["weight"] if self.weights == "int8" else gpu["qweight"],
-            gpu["s1_scales"],
-            gpu.get("s2_scales"),
-            gpu.get("s2_zeros"),
-            gpu.get("s1_szeros"),
-            None if dtype == torch.int32 else gpu.get("bias"),
-            self.n,
-            dtype,
-            choice=choice,
-            out=out[1:-1],
-        )
-        for border in (out[0], out[-1]):
-            assert bool((border.view(torch.uint8) == 0x7F).all()), "wrote outside the output"
-        return result.cpu()
-
-
-def random_linear(weights, n, k, s1, bias, integers) -> QuantizedLinear:
-    """Random legal weights; on the progressive grid, groups at both edges of int8 among them."""
-    if weights == "per_channel":
-        codes = integers(0, 15, n, k).to(torch.uint8)
-        return QuantizedLinear(codes, s1, None, ZeroPoints(integers(0, 15, n, 1).to(torch.uint8)), bias, k)
-    groups = k // 128
-    s2 = integers(1, 16, n, groups)
-    offsets = torch.minimum(integers(0, 240, n, groups), 15 * s2 + 128)
-    wide, wide_offsets = s2.repeat_interleave(128, 1), offsets.repeat_interleave(128, 1)
-    lowest = torch.clamp(-((128 - wide_offsets) // wide), min=0)
-    highest = torch.clamp((127 + wide_offsets) // wide, max=15)
-    codes = torch.minimum(torch.maximum(integers(0, 15, n, k), lowest), highest)
-    codes[:, 0::128], codes[:, 1::128] = lowest[:, 0::128], highest[:, 1::128]
-    return QuantizedLinear(codes.to(torch.uint8), s1, s2.to(torch.uint8), S2Offsets(offsets.to(torch.uint8)), bias, k)
-
-
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Bit for bit, with the coordinate of the first difference."""
-    same = (found == expected) | (torch.isnan(found.float()) & torch.isnan(expected.float()))
-    if not bool(same.all()):
-        m, n = (int(i) for i in (~same).nonzero()[0])
-        wrong = int((~same).sum())
-        raise AssertionError(
-            f"{wrong} of {same.numel()} differ, first at [{m}, {n}]: {found[m, n]} instead of {expected[m, n]}"
-        )
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -202,7 +97,7 @@ def test_operators_equal_the_reference_arithmetic(gpu) -> None:
     generator = torch.Generator().manual_seed(3)
     for weights in ("g128", "per_channel"):
         linear = Case(weights, 1, 192, 640, seed=4)
-        decoded = linear._decoded
+        decoded = linear.decoded
         x = torch.randn(37, 576, generator=generator).to(torch.float16)
         padded = torch.nn.functional.pad(x, (0, padded_in_features(576) - 576))
         packed = {name: tensor.cuda() for name, tensor in linear.operands.items()}

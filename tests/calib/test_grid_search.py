@@ -1,0 +1,116 @@
+"""Searched scales and zeros: never worse than those of the range, close to the best there are, and always legal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qoq.calib.round.gptq import Inputs, Moments, gptq
+from qoq.calib.round.grid import Grid
+from qoq.calib.round.grid_search import search_grid
+from qoq.calib.round.rtn import round_to_nearest
+from qoq.formats.quantized_linear import INT8_MAX, INT8_MIN
+
+MODES = pytest.mark.parametrize("group_size", [128, None], ids=["g128", "per-channel"])
+
+
+def weights(n: int, k: int, seed: int) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def error(grid: Grid, weight: Tensor, importance: Tensor) -> Tensor:
+    """Weighted squared error of each row [N], float64."""
+    values = grid.linear(grid.nearest(grid.units(weight)), None, weight.shape[1]).dequantize()
+    return ((values - weight).double().square() * importance.double()).sum(dim=1)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    k=st.sampled_from([40, 128, 200, 300]),
+    progressive=st.booleans(),
+    one_sided=st.booleans(),
+)
+def test_never_worse_than_the_range(seed: int, k: int, progressive: bool, one_sided: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(32, k, generator=generator) * torch.exp2(torch.randn(32, 1, generator=generator) * 4)
+    weight[::5, 0] *= 30
+    if one_sided:
+        weight = weight.abs()
+    importance = torch.exp2(torch.randn(k, generator=generator) * 3)
+    group_size = 128 if progressive else None
+    grid = search_grid(weight, group_size, importance)
+    assert bool(
+        (error(grid, weight, importance) <= error(Grid.of(weight, group_size), weight, importance) * 1.001).all()
+    )
+    level1 = grid.linear(grid.nearest(grid.units(weight)), None, k).level1()
+    assert INT8_MIN <= int(level1.min()) <= int(level1.max()) <= INT8_MAX
+
+
+def test_is_close_to_the_best_grid_of_all() -> None:
+    """Every level-2 scale with every zero, for each group."""
+    weight, importance = weights(32, 256, 1), torch.rand(256, generator=torch.Generator().manual_seed(2))
+    grid = search_grid(weight, 128, importance)
+    found = error(grid, weight, importance)
+    units = grid.units(weight).double().numpy().reshape(32, 2, 128)
+    per_input = importance.double().numpy().reshape(2, 128)
+    best = np.full((32, 2), np.inf)
+    for s2 in range(1, 17):
+        for zero in range(16):
+            values = (np.clip(np.round(units / s2 + zero), 0, 15) - zero) * s2
+            best = np.minimum(best, ((values - units) ** 2 * per_input).sum(axis=2))
+    want = best.sum(axis=1) * grid.s1.double().numpy() ** 2
+    assert float((found.numpy() / want).max()) < 1.05
+    assert float((found.numpy() / want).min()) > 0.999
+
+
+@MODES
+def test_gains_on_weights_without_outliers(group_size: int | None) -> None:
+    weight, even = weights(64, 512, 3), torch.ones(512)
+    gain = (
+        error(search_grid(weight, group_size, None), weight, even).sum()
+        / error(Grid.of(weight, group_size), weight, even).sum()
+    )
+    assert float(gain) < (0.93 if group_size else 0.8)
+
+
+@MODES
+def test_what_matters_more_is_kept_better(group_size: int | None) -> None:
+    weight, importance = weights(64, 256, 4), torch.ones(256)
+    importance[:32] = 100
+    both = [search_grid(weight, group_size, given) for given in (None, importance)]
+    only = torch.zeros(256)
+    only[:32] = 1
+    plain, weighted = (float(error(grid, weight, only).sum()) for grid in both)
+    assert weighted < 0.95 * plain
+
+
+@MODES
+def test_zeros_and_padding_stay_zero(group_size: int | None) -> None:
+    weight = weights(32, 200, 5)
+    weight[:, ::3] = 0
+    weight[7] = 0
+    linear = round_to_nearest(weight, None, group_size, search=True)
+    level1 = linear.level1()
+    assert not bool(level1[:, :200:3].any())
+    assert not bool(level1[:, 200:].any())
+    assert not bool(level1[7].any())
+    assert float(linear.s1_scales[7]) == 1.0
+
+
+@MODES
+def test_gptq_starts_from_the_searched_grid(group_size: int | None) -> None:
+    weight = weights(32, 256, 6)
+    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(7)) * torch.linspace(0.1, 3, 256)
+    x = x + 2 * x.roll(1, dims=1)
+    inputs = Inputs.of(Moments(x.double().t() @ x.double() / len(x), len(x)), damping=0.01)
+    losses = []
+    for search in (False, True):
+        linear = gptq(weight, None, group_size, inputs, search=search).linear
+        losses.append(float((x.double() @ (linear.dequantize() - weight).double().t()).square().mean()))
+        zeros = search_grid(weight, group_size, inputs.moments.matrix.diagonal()).zeros
+        assert torch.equal(linear.zeros.values.float(), zeros) == search
+    assert losses[1] < losses[0]
