@@ -109,8 +109,7 @@ def checkpoint_totals(plan: Plan) -> dict[str, Any]:
         weights += linear.weight.numel()
     return {
         "checkpoint_bytes": sum(shard.nbytes for shard in plan.shards),
-        "model_bytes_16bit": sum(tensor.numel() for tensor in plan.skeleton.model.state_dict().values()) * 2
-        - (plan.skeleton.vocab_size * plan.skeleton.hidden_size * 2 if plan.skeleton.is_tied else 0),
+        "model_bytes_16bit": plan.model_bytes,
         "quantized_linears": len(plan.quantized),
         "quantized_weights": weights,
         "bits_per_weight": round(packed * 8 / weights, 4) if weights else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
+from qoq.calib.rotation import rotated
 from qoq.calib.skeleton import Skeleton, build_skeleton, load_config
 from qoq.formats.checkpoint import is_checkpoint, read_config
 from qoq.formats.packing import packed_shapes, padded_in_features
@@ -79,7 +81,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request: what is read, what is computed, what is written."""
+    """A checked request: what is read, what is computed, what is written. `model_bytes`: of the model in 16 bit."""
 
     request: QuantizeRequest
     skeleton: Skeleton
@@ -88,6 +90,7 @@ class Plan:
     config: QuantizationConfig
     shards: tuple[ShardPlan, ...]
     estimate: Estimate
+    model_bytes: int
     warnings: tuple[str, ...]
 
     @property
@@ -152,6 +155,10 @@ def make_plan(request: QuantizeRequest) -> Plan:
     """Check a request against the model's headers and work out what a run takes. Touches nothing on disk."""
     skeleton, source = open_model(request.model, trust_remote_code=request.trust_remote_code)
     recipe = request.recipe
+    extra = _unexpected(skeleton, set(source.names()), inside=False)
+    model_bytes = 2 * sum(math.prod(shape) for shape in skeleton.tensor_shapes().values())
+    if recipe.rotation is not None:
+        skeleton, source = rotated(skeleton, source)
     all_linears = skeleton.all_linears()
     quantized = _choose(all_linears, recipe)
     kept = [name for name in all_linears if name not in quantized]
@@ -160,6 +167,7 @@ def make_plan(request: QuantizeRequest) -> Plan:
         act_bits=recipe.act_bits,
         kv_bits=recipe.kv_bits,
         zero_domain=recipe.zero_domain,
+        norms_folded=recipe.rotation is not None,
         padded={
             name: linear.in_features
             for name, linear in quantized.items()
@@ -171,7 +179,6 @@ def make_plan(request: QuantizeRequest) -> Plan:
     progressive = recipe.group_size is not None
     tensors = output_tensors(skeleton, quantized, progressive=progressive, dtype=dtype)
     shards = plan_shards(tensors, request.max_shard_bytes)
-    extra = _unexpected(skeleton, set(source.names()), inside=False)
     warnings = [f"tensor {name} is not part of the model and is left out" for name in extra]
     return Plan(
         request=request,
@@ -181,6 +188,7 @@ def make_plan(request: QuantizeRequest) -> Plan:
         config=config,
         shards=shards,
         estimate=_estimate(skeleton, source, quantized, shards, recipe),
+        model_bytes=model_bytes,
         warnings=tuple(warnings),
     )
 

@@ -57,8 +57,9 @@ class Recipe(_Frozen):
 
     `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
     `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
-    applied. `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the
-    least error.
+    applied. `rotation`: norm gains are folded into the linears that follow, and hidden states and values rotated.
+    `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the least
+    error.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -70,6 +71,7 @@ class Recipe(_Frozen):
     grid: Literal["range", "search"] = "range"
     act_bits: Literal[8, 16] = 8
     kv_bits: Literal[4, 8, 16] = 4
+    rotation: Literal["hadamard"] | None = None
     smooth_attention: SmoothAttention | None = None
     calibration: Calibration = Calibration()
     include: tuple[str, ...] = Field((), description="regular expressions: only linears that match one are quantized")

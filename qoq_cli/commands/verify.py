@@ -182,12 +182,16 @@ def _compare(
     from qoq.calib.corpus import evaluation_windows, load_corpus
     from qoq.calib.job import check_device
     from qoq.calib.plan import open_model
+    from qoq.calib.rotation import rotated
     from qoq.calib.served import open_served
     from qoq.calib.skeleton import load_tokenizer
+    from qoq.formats.manifest import read_manifest
 
     check_device(device)
     location = resolve_model(against, hub_revision=revision, with_code=trust_remote_code, note=terminal.note)
     skeleton, source = open_model(location.path, trust_remote_code=trust_remote_code)
+    if read_manifest(folder)["recipe"].get("rotation") is not None:
+        skeleton, source = rotated(skeleton, source)
     served = open_served(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     corpus = load_corpus("builtin", builtin=builtin_texts("evaluation"), purpose="evaluation")

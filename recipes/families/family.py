@@ -49,6 +49,7 @@ class Family:
     roles         what each linear of a block is, by role, relative to the block; these are quantized
     shared_inputs roles that multiply the same input
     key_fold      where SmoothAttention folds its scale
+    input_norm    the norm before q, k and v, relative to the block; mlp_norm that before gate and up
     rope_types    RoPE variants that rotate channel i with i + head_dim / 2 and so admit a shared scale per pair
     gguf_arch     the architecture's name in GGUF files, and `gguf_names` the tensor names there
     gguf_permuted whether GGUF files of it hold q and k rows in interleaved RoPE order
@@ -69,6 +70,8 @@ class Family:
     shared_inputs: tuple[tuple[str, ...], ...] = SHARED_INPUTS
     gguf_names: Mapping[str, str] = field(default_factory=lambda: dict(GGUF_NAMES))
     attention: str = "self_attn"
+    input_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -1,4 +1,4 @@
-"""A recipe with GPTQ from the command line: what is told where it falls back, and --strict."""
+"""Recipes with GPTQ and rotation from the command line: what is told where GPTQ falls back, --strict, verification."""
 
 from __future__ import annotations
 
@@ -54,3 +54,18 @@ def test_the_plan_counts_what_gptq_takes(qoq: Any, model: Path, options: tuple[o
     more = 12 * (3 * 128**2 + 256**2) + 24 * 256**2
     assert facts["memory_bytes"]["one_block"] - plain["memory_bytes"]["one_block"] == more
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_rotated_model_is_held_against_the_rotated_original(
+    qoq: Any, fails: Any, model: Path, make_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "rotated.yaml"
+    recipe.write_text("rotation: hadamard\nrounding: gptq\ngrid: search\n", encoding="utf-8")
+    quick = ("--calib", text_file, "--samples", 16, "--seq-len", 32, "--device", "cpu")
+    assert qoq("quantize", model, "--recipe", recipe, *quick, "-o", tmp_path / "out").code == 0
+    report = qoq("verify", tmp_path / "out", "--against", model, "--json").json
+    errors = [error for row in report["against"] for error in row["weight_errors"].values()]
+    assert len(errors) == 14
+    assert max(errors) < 0.2
+    other = make_model(tmp_path / "other", intermediate_size=288)
+    fails(2, "verify", tmp_path / "out", "--against", other)
