@@ -1,6 +1,6 @@
 """The journey of one decoder block: observe, transform, round, advance.
 
-Rotation, output smoothing, channel reorder and clipping belong into `_transform`.
+Rotation comes before it: calib.rotation gives the tensors of the rotated model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qoq.calib.attention import observe
 from qoq.calib.metrics import RelativeError, relative_error
+from qoq.calib.mlp_transforms import InputObserver, choose_smoothing, reorder, smooth
 from qoq.calib.moments import MomentObserver
 from qoq.calib.plan import Plan
 from qoq.calib.round.gptq import Inputs, gptq
@@ -64,6 +65,7 @@ class BlockRecord:
     output_error: float
     linears: dict[str, LinearRecord]
     smooth_alphas: tuple[float, ...] | None
+    output_alpha: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,7 +86,8 @@ def quantize_block_(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner,
     Raises InputError naming the block or tensor when weights or activations are not finite or do not fit float16.
     """
     tensors = load_block_tensors(plan.source, plan.skeleton, index, runner.device)
-    tensors, smoothing = _transform(plan, index, tensors, hidden, runner, tick)
+    tensors, output_alpha = _transform_mlp(plan, index, tensors, hidden, runner, tick)
+    tensors, smoothing = _smooth_attention(plan, index, tensors, hidden, runner, tick)
     quantized, fallbacks = _round(plan, index, tensors, hidden, runner, tick)
     kept = _kept_tensors(plan, index, tensors, quantized)
     output_error, linear_errors = _advance_(plan, index, tensors, quantized, kept, hidden, runner, tick)
@@ -98,13 +101,42 @@ def quantize_block_(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner,
         for name, linear in quantized.items()
     }
     alphas = None if smoothing is None else smoothing.alphas
-    return FinishedBlock(quantized, kept, BlockRecord(index, output_error, linears, alphas))
+    return FinishedBlock(quantized, kept, BlockRecord(index, output_error, linears, alphas, output_alpha))
 
 
-def _transform(
+def _transform_mlp(
+    plan: Plan, index: int, tensors: dict[str, Tensor], hidden: Tensor, runner: BlockRunner, tick: Tick
+) -> tuple[dict[str, Tensor], float | None]:
+    """Smooth and reorder the inputs of down_proj as the recipe says; also the alpha of the smoothing."""
+    recipe, family = plan.request.recipe, plan.skeleton.family
+    spec, down = recipe.smooth_output, family.roles["mlp_down"]
+    if spec is None and recipe.reorder is None:
+        return tensors, None
+    block = build_block(plan.skeleton, index, tensors)
+    observed = InputObserver(block.get_submodule(down), spec.search_tokens if spec is not None else 0)
+    batches = -(-hidden.shape[0] // runner.batch)
+    for _, batch in runner.batches(hidden):
+        observed.run(partial(runner, index, block, batch))
+        tick("observing the MLP", 0.1 / batches)
+    absmax, alpha, transformed = observed.absmax, None, tensors
+    if not bool(torch.isfinite(absmax).all()):
+        raise InputError(
+            f"{family.block_prefix(index)}{down}: NaN or infinite inputs",
+            remedy="the model is damaged, or its weights do not fit its configuration",
+        )
+    if spec is not None:
+        weight = tensors[f"{down}.weight"]
+        scale, alpha = choose_smoothing(spec, observed, weight, recipe.group_size, recipe.act_bits)
+        transformed, absmax = smooth(transformed, scale, family), absmax / scale
+    if recipe.reorder is not None:
+        transformed = reorder(transformed, torch.argsort(absmax, stable=True), family)
+    _check_preserved(plan, index, "smooth_output and reorder", transformed, block, hidden, runner)
+    return transformed, alpha
+
+
+def _smooth_attention(
     plan: Plan, index: int, tensors: dict[str, Tensor], hidden: Tensor, runner: BlockRunner, tick: Tick
 ) -> tuple[dict[str, Tensor], Smoothing | None]:
-    """Apply the recipe's function-preserving transforms and check on the first window that they preserve it."""
     spec = plan.request.recipe.smooth_attention
     if spec is None or plan.request.recipe.kv_bits == 16:
         return tensors, None
@@ -135,15 +167,23 @@ def _transform(
         smoothing = Smoothing(candidates[0], (spec.alpha,) * candidates.shape[1])
     smoothing = replace(smoothing, scale=ranges.balanced(smoothing.scale))
     folded = fold(tensors, smoothing.scale, skeleton.family, skeleton.num_heads)
+    _check_preserved(plan, index, "smooth_attention", folded, block, hidden, runner)
+    return folded, smoothing
+
+
+def _check_preserved(
+    plan: Plan, index: int, what: str, tensors: dict[str, Tensor], block: nn.Module, hidden: Tensor, runner: BlockRunner
+) -> None:
+    """Raise InputError unless a block of `tensors` gives what `block` gives, on the first window."""
     first = hidden[:1].to(runner.device)
-    change = relative_error(runner(index, build_block(skeleton, index, folded), first), runner(index, block, first))
+    change = relative_error(
+        runner(index, build_block(plan.skeleton, index, tensors), first), runner(index, block, first)
+    )
     if not change < _PRESERVED:
         raise InputError(
-            f"block {index}: SmoothAttention changed the block's output by {change:.1e} (at most {_PRESERVED:g} "
-            "is rounding)",
-            remedy="quantize with a recipe without smooth_attention, and report this model",
+            f"block {index}: {what} changed the block's output by {change:.1e} (at most {_PRESERVED:g} is rounding)",
+            remedy=f"quantize with a recipe without {what}, and report this model",
         )
-    return folded, smoothing
 
 
 def _round(

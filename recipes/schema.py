@@ -37,6 +37,26 @@ class SmoothAttention(_Frozen):
         return self
 
 
+class OutputSmoothing(_Frozen):
+    """Smoothing of down_proj's input (QServe paper, section 4.3.2): inputs / lambda, weight columns * lambda.
+
+    lambda = absmax(input)^alpha / absmax(weight column)^beta. `fixed` uses `alpha` and `beta` as given. `search` takes
+    the one of `alphas`, with beta = 1 - alpha, or none, that changes the product of quantized inputs and weights least.
+    """
+
+    mode: Literal["fixed", "search"] = "search"
+    alpha: float = Field(0.3, ge=0.0, le=1.0)
+    beta: float = Field(0.7, ge=0.0, le=1.0)
+    alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+    search_tokens: int = Field(2048, ge=1, description="calibration tokens the search looks at")
+
+    @model_validator(mode="after")
+    def _check_alphas(self) -> OutputSmoothing:
+        if not self.alphas or not all(0.0 <= a <= 1.0 for a in self.alphas):
+            raise ValueError(f"alphas must be one or more numbers in [0, 1], got {list(self.alphas)}")
+        return self
+
+
 class Gptq(_Frozen):
     """GPTQ (Frantar et al., 2022): `damping` times the mean of diag(H) is added to the diagonal of H."""
 
@@ -58,6 +78,7 @@ class Recipe(_Frozen):
     `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
     `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
     applied. `rotation`: norm gains are folded into the linears that follow, and hidden states and values rotated.
+    `reorder`: inputs of down_proj are sorted by their absmax, so that those of a group are alike.
     `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the least
     error.
     """
@@ -72,6 +93,8 @@ class Recipe(_Frozen):
     act_bits: Literal[8, 16] = 8
     kv_bits: Literal[4, 8, 16] = 4
     rotation: Literal["hadamard"] | None = None
+    smooth_output: OutputSmoothing | None = None
+    reorder: Literal["absmax"] | None = None
     smooth_attention: SmoothAttention | None = None
     calibration: Calibration = Calibration()
     include: tuple[str, ...] = Field((), description="regular expressions: only linears that match one are quantized")

@@ -78,8 +78,10 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
     const int g = lane >> 2, t = lane & 3;
     const int64_t tokens_8 = static_cast<int64_t>(output.n) * 8;
     const bool odd = t & 1;
-    // Pairs under way: a load takes as long as the work on eight of them; small tiles have few registers.
-    constexpr int kAhead = kTokenTiles >= 12 ? kTokenTiles / 2 : kTokenTiles < 4 ? 1 : kTokenTiles / 4;
+    // Pairs under way: a load takes as long as the work on eight of them; small tiles have few registers, and the zero term
+    // takes some.
+    constexpr int kShare = kTokenTiles >= 12 && kFormat != kPerChannel ? 2 : 4;
+    constexpr int kAhead = kTokenTiles < kShare ? 1 : kTokenTiles / kShare;
     TokenScale ahead[kAhead][2];
     const auto load_ahead = [&](int j) {
 #pragma unroll
