@@ -16,7 +16,7 @@ _FLOAT16 = torch.finfo(torch.float16)
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zeros of a weight [N, K], on its device, from the ranges of rows and groups.
+    """Scales and zeros of a weight [N, K], on its device.
 
     s1      float16 [N]; a weight counts in units of it
     s2      float32 [N, G] on the progressive grid, with G groups of 128 (K padded); None for one level per channel
@@ -31,7 +31,10 @@ class Grid:
 
     @staticmethod
     def of(weight: Tensor, group_size: int | None) -> Grid:
-        """The grid of weight float32 [N, K]. Raises ValueError when a scale does not fit float16."""
+        """The grid that spans rows and groups of weight float32 [N, K].
+
+        Raises ValueError when a scale does not fit float16.
+        """
         weight = padded(weight)
         if group_size is None:
             # Ranges contain 0, so that zero weights, and padding, stay zero.

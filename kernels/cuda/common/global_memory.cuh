@@ -2,8 +2,8 @@
 #pragma once
 #include "common/types.cuh"
 
-// A load that stays where it is written (the compiler would hoist those of all tokens, which do not fit the registers), and
-// without a branch, over which nothing is scheduled. 0 where not `valid`.
+// A load that stays where it is written (the compiler would hoist those of all tokens, which do not fit the registers),
+// and without a branch, over which nothing is scheduled. 0 where not `valid`.
 DEVICE uint32_t load_in_place(const void* pointer, bool valid) {
     uint32_t v;
     asm volatile(

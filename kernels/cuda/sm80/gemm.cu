@@ -139,7 +139,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         weights.load_scales(scales, scales + StageLoader::kScaleBytes, lane);
     };
     // Computed once: the compiler would do it again for every stage.
-    const uint32_t tokens_at = kept(token_offset(warp_m, lane)), weights_at = kept(WarpWeights::lane_offset(warp_n, lane));
+    const uint32_t tokens_at = kept(token_offset(warp_m, lane));
+    const uint32_t weights_at = kept(WarpWeights::lane_offset(warp_n, lane));
     const auto load_raw = [&](int s, uint32_t stage, int tile) {
         constexpr int kNextStripe = WEIGHT_FORMAT == kInt8 ? kStripe * 128 : kStripe * WarpWeights::kBytesPerChannel;
         WarpWeights::load(raw[s], stage + weights_at + s * kNextStripe, tile);

@@ -21,8 +21,8 @@ DEVICE int32_t unbiased(int32_t acc, int32_t act_sum) {
     return kFormat == kProgressive ? acc - 128 * act_sum : acc;
 }
 
-// From lanes t that hold words 2 t .. (low) and 2 t .. (high) of two rows of eight: neighbouring lanes exchange one, so that
-// an even lane has words t, t + 1 of the first row and an odd one words t - 1, t of the second.
+// From lanes t that hold words 2 t .. (low) and 2 t .. (high) of two rows of eight: neighbouring lanes exchange one, so
+// that an even lane has words t, t + 1 of the first row and an odd one words t - 1, t of the second.
 DEVICE uint2 exchange(uint32_t low, uint32_t high, bool odd) {
     const uint32_t other = __shfl_xor_sync(kFullMask, odd ? low : high, 1);
     return odd ? make_uint2(other, high) : make_uint2(low, other);
@@ -78,8 +78,8 @@ DEVICE void store_tile(const int32_t (&acc)[2 * kStripes][kTokenTiles][4], const
     const int g = lane >> 2, t = lane & 3;
     const int64_t tokens_8 = static_cast<int64_t>(output.n) * 8;
     const bool odd = t & 1;
-    // Pairs under way: a load takes as long as the work on eight of them; small tiles have few registers, and the zero term
-    // takes some.
+    // Pairs under way: a load takes as long as the work on eight of them; small tiles have few registers, and the zero
+    // term takes some.
     constexpr int kShare = kTokenTiles >= 12 && kFormat != kPerChannel ? 2 : 4;
     constexpr int kAhead = kTokenTiles < kShare ? 1 : kTokenTiles / kShare;
     TokenScale ahead[kAhead][2];

@@ -18,8 +18,8 @@ struct Operands {
     int m, n, k;
 };
 
-// Rows of bytes [rows, K]: kRows rows by kGroups * 128 columns at a time, swizzled, a plane for each group. Where a thread
-// has several copies, two of them are of one row, 64 bytes apart: a warp still fills whole sectors of 32 bytes.
+// Rows of bytes [rows, K]: kRows rows by kGroups * 128 columns at a time, swizzled, a plane for each group. Where a
+// thread has several copies, two of them are of one row, 64 bytes apart: a warp still fills whole sectors of 32 bytes.
 template <int kRows, int kGroups, int kThreads>
 struct RowCopies {
     static constexpr int kHalves = kRows * 8 * kGroups >= 2 * kThreads ? 2 : 1;

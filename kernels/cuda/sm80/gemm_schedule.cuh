@@ -1,13 +1,13 @@
 // Which output tiles and which inputs of the sum a block works on.
 //
-// The unit is one step of one tile: the inputs of a pipeline stage. A block takes whole tiles, gridDim.x apart, and then its
-// share of the tiles after the last `whole` one (stream-K): every block gets the same number of consecutive units of these,
-// so that a tile may be shared between blocks.
+// The unit is one step of one tile: the inputs of a pipeline stage. A block takes whole tiles, gridDim.x apart, and
+// then its share of the tiles after the last `whole` one (stream-K): every block gets the same number of consecutive
+// units of these, so that a tile may be shared between blocks.
 #pragma once
 #include "common/types.cuh"
 
-// a / b for a >= 0, b > 0 and a quotient below 2^20, with which the float division is off by less than one. Exact, and a
-// third of what the compiler makes of `/`; a block that changes its tile has nothing else to do meanwhile.
+// a / b for a >= 0, b > 0 and a quotient below 2^20, with which the float division is off by less than one. Exact, and
+// a third of what the compiler makes of `/`; a block that changes its tile has nothing else to do meanwhile.
 DEVICE int quotient(int a, int b) {
     const int near = __float2int_rz(__fdividef(__int2float_rn(a), __int2float_rn(b)));
     const int rest = a - near * b;
@@ -16,8 +16,8 @@ DEVICE int quotient(int a, int b) {
 
 struct Schedule {
     int k_steps, tiles_n, tiles_m;
-    // Of the tiles from `whole` on, the first `longer` blocks have units_each + 1 units, the others units_each. The host
-    // divides, since a division by the number of blocks would be done again by every thread.
+    // Of the tiles from `whole` on, the first `longer` blocks have units_each + 1 units, the others units_each. The
+    // host divides, since a division by the number of blocks would be done again by every thread.
     int whole, units_each, longer;
 
     DEVICE int first_unit(int block) const { return block * units_each + min(block, longer); }
