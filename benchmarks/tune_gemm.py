@@ -32,7 +32,7 @@ SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 TOKENS: dict[WeightFormat, list[int]] = {
     "g128": [1, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096],
     "per_channel": [1, 16, 32, 64, 128, 256, 1024, 4096],
-    "int8": [16, 64, 128, 256, 1024, 4096],
+    "int8": [16, 32, 64, 128, 256, 1024, 4096],
 }
 """Values of M that are measured; each row serves up to its own, the last one any."""
 WEIGHTS = list(TOKENS)
