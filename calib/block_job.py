@@ -5,7 +5,6 @@ Rotation comes before it: calib.rotation gives the tensors of the rotated model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qoq.calib.attention import observe
+from qoq.calib import key_alignment, value_balance
+from qoq.calib.attention import AttentionCall, observe
+from qoq.calib.block_rounding import round_block
+from qoq.calib.key_alignment import MeanKeyObserver
 from qoq.calib.metrics import RelativeError, relative_error
 from qoq.calib.mlp_transforms import InputObserver, choose_smoothing, reorder, smooth
-from qoq.calib.moments import MomentObserver
 from qoq.calib.plan import Plan
-from qoq.calib.round.gptq import Inputs, gptq
-from qoq.calib.round.rtn import round_to_nearest
+from qoq.calib.progress import Tick
 from qoq.calib.smooth_attention import (
     KeyRanges,
     RangeObserver,
@@ -31,6 +31,7 @@ from qoq.calib.smooth_attention import (
     fold,
 )
 from qoq.calib.streaming import BlockRunner, ServedLinear, build_block, load_block_tensors
+from qoq.calib.value_balance import ValueMoments
 from qoq.formats.arithmetic import IntegerWeight
 from qoq.formats.quantized_linear import QuantizedLinear
 from qoq.recipes.errors import InputError
@@ -39,9 +40,6 @@ _PRESERVED = 1e-3
 """Relative change of a block's float32 output that a function-preserving transform may cause by rounding."""
 _LINEAR_ERROR_TOKENS, _BLOCK_ERROR_TOKENS = 2048, 8192
 """Calibration tokens on which the output errors of each linear and of the block are measured."""
-
-Tick = Callable[[str, float], None]
-"""(what is being done, share of the block's work just done)."""
 
 
 @dataclass(frozen=True)
@@ -80,28 +78,31 @@ class FinishedBlock:
     record: BlockRecord
 
 
-def quantize_block_(plan: Plan, index: int, hidden: Tensor, runner: BlockRunner, tick: Tick) -> FinishedBlock:
-    """Quantize block `index`; `hidden` float32 [S, L, H] enters it and, on return, holds what leaves it.
+def quantize_block_(plan: Plan, index: int, streams: Tensor, runner: BlockRunner, tick: Tick) -> FinishedBlock:
+    """Quantize block `index`; hidden states `streams` enter it and, on return, those that leave it are there.
 
+    streams float32 [1 or 2, S, L, H] (CPU): first those of the model as it is served; then, if the recipe asks for
+    them, those of the float model.
     Raises InputError naming the block or tensor when weights or activations are not finite or do not fit float16.
     """
     tensors = load_block_tensors(plan.source, plan.skeleton, index, runner.device)
-    tensors, output_alpha = _transform_mlp(plan, index, tensors, hidden, runner, tick)
-    tensors, smoothing = _smooth_attention(plan, index, tensors, hidden, runner, tick)
-    quantized, fallbacks = _round(plan, index, tensors, hidden, runner, tick)
-    kept = _kept_tensors(plan, index, tensors, quantized)
-    output_error, linear_errors = _advance_(plan, index, tensors, quantized, kept, hidden, runner, tick)
+    tensors, output_alpha = _transform_mlp(plan, index, tensors, streams[0], runner, tick)
+    tensors = _transform_attention(plan, index, tensors, streams[0], runner, tick)
+    tensors, smoothing = _smooth_attention(plan, index, tensors, streams[0], runner, tick)
+    rounded = round_block(plan, index, tensors, streams, runner, tick)
+    kept = _kept_tensors(plan, index, tensors, rounded.linears)
+    output_error, linear_errors = _advance_(plan, index, tensors, rounded.decoded, kept, streams, runner, tick)
     linears = {
         name: LinearRecord(
             weight_error=relative_error(linear.dequantize(), tensors[f"{name}.weight"].cpu()),
             output_error=linear_errors[name].value,
             level1_absmax=int(linear.level1().abs().max()),
-            fallback=fallbacks.get(name),
+            fallback=rounded.fallbacks.get(name),
         )
-        for name, linear in quantized.items()
+        for name, linear in rounded.linears.items()
     }
     alphas = None if smoothing is None else smoothing.alphas
-    return FinishedBlock(quantized, kept, BlockRecord(index, output_error, linears, alphas, output_alpha))
+    return FinishedBlock(rounded.linears, kept, BlockRecord(index, output_error, linears, alphas, output_alpha))
 
 
 def _transform_mlp(
@@ -132,6 +133,43 @@ def _transform_mlp(
         transformed = reorder(transformed, torch.argsort(absmax, stable=True), family)
     _check_preserved(plan, index, "smooth_output and reorder", transformed, block, hidden, runner)
     return transformed, alpha
+
+
+def _transform_attention(
+    plan: Plan, index: int, tensors: dict[str, Tensor], hidden: Tensor, runner: BlockRunner, tick: Tick
+) -> dict[str, Tensor]:
+    """Turn keys and balance values as the recipe says."""
+    skeleton, recipe = plan.skeleton, plan.request.recipe
+    # Gains of norms on keys and queries come after the projections: nothing can be folded past them.
+    aligns = recipe.align_keys is not None and skeleton.family.key_fold == "projections"
+    balances = recipe.balance_values is not None
+    if recipe.kv_bits == 16 or not (aligns or balances):
+        return tensors
+    block = build_block(skeleton, index, tensors)
+    attention = block.get_submodule(skeleton.family.attention)
+    keys, values = MeanKeyObserver(), ValueMoments()
+
+    def see(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+        keys(query, key, value, call)
+        values(query, key, value, call)
+
+    batches = -(-hidden.shape[0] // runner.batch)
+    for _, batch in runner.batches(hidden):
+        observe(attention, see, partial(runner, index, block, batch))
+        tick("observing keys and values", 0.05 / batches)
+    if keys.total is None or values.total is None or not bool((keys.total.sum() + values.total.sum()).isfinite()):
+        raise InputError(
+            f"block {index}: NaN or infinite keys or values",
+            remedy="the model is damaged, or its weights do not fit its configuration",
+        )
+    folded = tensors
+    if aligns:
+        folded = key_alignment.fold(folded, key_alignment.angles(keys.total), skeleton.family, skeleton.num_heads)
+    if balances:
+        out = folded[f"{skeleton.family.roles['attn_out']}.weight"]
+        folded = value_balance.fold(folded, value_balance.balance(values.total, out), skeleton.family)
+    _check_preserved(plan, index, "align_keys and balance_values", folded, block, hidden, runner)
+    return folded
 
 
 def _smooth_attention(
@@ -186,68 +224,6 @@ def _check_preserved(
         )
 
 
-def _round(
-    plan: Plan, index: int, tensors: dict[str, Tensor], hidden: Tensor, runner: BlockRunner, tick: Tick
-) -> tuple[dict[str, QuantizedLinear], dict[str, str]]:
-    """The block's quantized linears, and why some of them were rounded to nearest instead, by relative name."""
-    prefix = plan.skeleton.family.block_prefix(index)
-    recipe = plan.request.recipe
-    names = [full.removeprefix(prefix) for full in plan.skeleton.linears(index) if full in plan.quantized]
-    inputs = {}
-    if recipe.rounding == "gptq":
-        inputs = _observe_inputs(plan, index, tensors, names, hidden, runner, tick)
-    rounded, fallbacks = {}, {}
-    searches = recipe.grid == "search"
-    for name in names:
-        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-        try:
-            if recipe.rounding == "gptq":
-                result = gptq(weight, bias, recipe.group_size, inputs[name], search=searches)
-                rounded[name] = result.linear
-                if result.fallback is not None:
-                    fallbacks[name] = result.fallback
-            else:
-                rounded[name] = round_to_nearest(weight, bias, recipe.group_size, search=searches)
-        except ValueError as error:
-            raise InputError(f"{prefix}{name}: {error}") from error
-        if name in fallbacks and plan.request.strict:
-            raise InputError(
-                f"{prefix}{name}: GPTQ failed: {fallbacks[name]}",
-                remedy="calibrate on more text, or leave out --strict to round this linear to nearest",
-            )
-        tick(f"rounding {name}", 0.1 / len(names))
-    return rounded, fallbacks
-
-
-def _observe_inputs(
-    plan: Plan,
-    index: int,
-    tensors: dict[str, Tensor],
-    names: list[str],
-    hidden: Tensor,
-    runner: BlockRunner,
-    tick: Tick,
-) -> dict[str, Inputs]:
-    family = plan.skeleton.family
-    groups = [tuple(n for role in roles if (n := family.roles[role]) in names) for roles in family.shared_inputs]
-    block = build_block(plan.skeleton, index, tensors)
-    observer = MomentObserver(block, [group for group in groups if group])
-    batches = -(-hidden.shape[0] // runner.batch)
-    for _, batch in runner.batches(hidden):
-        observer.run(partial(runner, index, block, batch))
-        tick("observing inputs", 0.2 / batches)
-    try:
-        moments = observer.moments()
-    except ValueError as error:
-        raise InputError(
-            f"{family.block_prefix(index)}{error}",
-            remedy="the model is damaged, or its weights do not fit its configuration",
-        ) from error
-    damping = plan.request.recipe.gptq.damping
-    shared = {id(found): Inputs.of(found, damping=damping) for found in moments.values()}
-    return {name: shared[id(found)] for name, found in moments.items()}
-
-
 def _kept_tensors(
     plan: Plan, index: int, tensors: dict[str, Tensor], quantized: dict[str, QuantizedLinear]
 ) -> dict[str, Tensor]:
@@ -274,13 +250,13 @@ def _advance_(
     plan: Plan,
     index: int,
     tensors: dict[str, Tensor],
-    quantized: dict[str, QuantizedLinear],
+    quantized: dict[str, IntegerWeight],
     kept: dict[str, Tensor],
-    hidden: Tensor,
+    streams: Tensor,
     runner: BlockRunner,
     tick: Tick,
 ) -> tuple[float, dict[str, RelativeError]]:
-    """Replace `hidden` by what leaves the quantized block, so that later blocks see what they will be served.
+    """Replace `streams` by what leaves the block, so that later blocks see what they will be served.
 
     Returns the block's relative output error and each linear's, measured on the first windows.
     """
@@ -291,23 +267,25 @@ def _advance_(
         plan.skeleton,
         index,
         {name: tensor.to(device).float() for name, tensor in kept.items()},
-        quantized={name: IntegerWeight.decode(linear, device) for name, linear in quantized.items()},
+        quantized=quantized,
         act_bits=recipe.act_bits,
         kv_bits=recipe.kv_bits,
     )
     linear_errors = {name: RelativeError() for name in quantized}
     block_error = RelativeError()
-    batches = -(-hidden.shape[0] // runner.batch)
-    for rows, batch in runner.batches(hidden):
+    batches, length = -(-streams.shape[1] // runner.batch), streams.shape[2]
+    for rows, batch in runner.batches(streams):
         with ExitStack() as hooks:
-            if rows.start * hidden.shape[1] < _LINEAR_ERROR_TOKENS:
+            if rows.start * length < _LINEAR_ERROR_TOKENS:
                 _measure_linears(served_block, tensors, linear_errors, hooks)
-            served = runner(index, served_block, batch)
-        if rows.start * hidden.shape[1] < _BLOCK_ERROR_TOKENS:
-            block_error.update(served, runner(index, exact_block, batch))
-        hidden[rows] = served.cpu()
+            served = runner(index, served_block, batch[0])
+        if rows.start * length < _BLOCK_ERROR_TOKENS:
+            block_error.update(served, runner(index, exact_block, batch[0]))
+        streams[0, rows] = served.cpu()
+        if len(streams) == 2:
+            streams[1, rows] = runner(index, exact_block, batch[1]).cpu()
         tick("advancing", 0.5 / batches)
-    if not bool(torch.isfinite(hidden).all()):
+    if not bool(torch.isfinite(streams).all()):
         raise InputError(
             f"block {index}: NaN or infinite activations",
             remedy="the model is damaged, or its weights do not fit its configuration",

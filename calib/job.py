@@ -18,23 +18,12 @@ from qoq.calib.block_job import FinishedBlock, quantize_block_, to_kept
 from qoq.calib.corpus import Windows
 from qoq.calib.finish import finish_checkpoint
 from qoq.calib.plan import Plan
+from qoq.calib.progress import OnProgress, Progress
 from qoq.calib.streaming import BlockRunner, embed, load_float
 from qoq.formats.disk import sha256_file
 from qoq.formats.work_folder import JobState, WorkFolder, check_output
 from qoq.formats.writer import ShardWriter
 from qoq.recipes.errors import EnvironmentProblem, InputError
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`done` of `total` blocks (fractions count), and what is being done in words."""
-
-    done: float
-    total: int
-    message: str
-
-
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +64,8 @@ def run(
             if state.next_block == 0:
                 work.check_space(plan.estimate.disk)
             writer.prepare(must_exist=state.next_block > 0)
-            hidden = _first_states(plan, work, state, windows.tokens, writer)
-            state = _quantize_blocks_(plan, work, state, hidden, writer, started, on_progress)
+            streams = _first_states(plan, work, state, windows.tokens, writer)
+            state = _quantize_blocks_(plan, work, state, streams, writer, started, on_progress)
         on_progress(Progress(total, total, "writing the manifest"))
         run_facts = _run_facts(plan, state, started)
         manifest = finish_checkpoint(plan, work, state, windows, hashes, tool_version=tool_version, run=run_facts)
@@ -124,27 +113,31 @@ def _find_state(work: WorkFolder, fingerprint: str, *, restart: bool) -> JobStat
 
 
 def _first_states(plan: Plan, work: WorkFolder, state: JobState, tokens: Tensor, writer: ShardWriter) -> Tensor:
-    """Hidden states that enter the next block; a new run first writes everything outside the blocks."""
+    """Hidden states [1 or 2, S, L, H] that enter the next block, as `quantize_block_` takes them.
+
+    A new run first writes everything outside the blocks.
+    """
     if state.next_block > 0:
         return work.load_hidden(state.next_block)
     for name in plan.skeleton.tensor_shapes():
         if not name.startswith(f"{plan.skeleton.family.blocks}."):
             writer.write(name, to_kept(name, load_float(plan.source, name), plan.kept_dtype))
     writer.sync()
-    return embed(plan.source, plan.skeleton, tokens, plan.kept_dtype)
+    embedded = embed(plan.source, plan.skeleton, tokens, plan.kept_dtype)
+    return embedded.expand(plan.streams, *embedded.shape).clone()
 
 
 def _quantize_blocks_(
     plan: Plan,
     work: WorkFolder,
     state: JobState,
-    hidden: Tensor,
+    streams: Tensor,
     writer: ShardWriter,
     started: float,
     on_progress: OnProgress,
 ) -> JobState:
     total = plan.skeleton.num_blocks
-    runner = BlockRunner(plan.skeleton, hidden.shape[1], torch.device(plan.request.device))
+    runner = BlockRunner(plan.skeleton, streams.shape[2], torch.device(plan.request.device))
     before = state.seconds
     for index in range(state.next_block, total):
         done = float(index)
@@ -154,7 +147,7 @@ def _quantize_blocks_(
             done = min(done + share, index + 1.0)
             on_progress(Progress(done, total, f"block {index}: {message}"))
 
-        finished = quantize_block_(plan, index, hidden, runner, tick)
+        finished = quantize_block_(plan, index, streams, runner, tick)
         _write_block(plan, index, finished, writer)
         state = replace(
             state,
@@ -163,7 +156,7 @@ def _quantize_blocks_(
             seconds=before + time.monotonic() - started,
             peak_bytes=_peak(state.peak_bytes, plan.request.device),
         )
-        work.commit(state, hidden if index + 1 < total else None)
+        work.commit(state, streams if index + 1 < total else None)
         on_progress(Progress(index + 1, total, f"block {index}: written"))
     return state
 

@@ -97,6 +97,12 @@ class Plan:
     def kept_dtype(self) -> torch.dtype:
         return torch.float16 if self.request.kept_dtype == "float16" else torch.bfloat16
 
+    @property
+    def streams(self) -> int:
+        """Streams of hidden states: of the served model, and where the recipe compares with it, of the float model."""
+        recipe = self.request.recipe
+        return 2 if recipe.rounding == "gptq" and recipe.gptq.target == "exact" else 1
+
     def fingerprint(self, calibration: str, source_hashes: Mapping[str, str], tool_version: str) -> str:
         """What must be the same for an unfinished run to be continued."""
         parts = {

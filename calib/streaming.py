@@ -98,10 +98,10 @@ class BlockRunner:
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Split hidden states [S, L, H] into batches on the device, with the rows each one covers."""
-        for start in range(0, hidden.shape[0], self.batch):
+        """Split hidden states [..., S, L, H] into batches on the device, with the rows of S each one covers."""
+        for start in range(0, hidden.shape[-3], self.batch):
             rows = slice(start, start + self.batch)
-            yield rows, hidden[rows].to(self.device)
+            yield rows, hidden[..., rows, :, :].to(self.device)
 
 
 def embed(source: TensorSource, skeleton: Skeleton, windows: Tensor, dtype: torch.dtype | None = None) -> Tensor:

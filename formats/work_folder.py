@@ -233,7 +233,7 @@ class WorkFolder:
             ) from error
 
     def commit(self, state: JobState, hidden: Tensor | None) -> None:
-        """Make `state` the one to resume from, with the hidden states [S, L, H] that enter its next block.
+        """Make `state` the one to resume from, with the hidden states [..., S, L, H] that enter its next block.
 
         The state file's rename is the commit: before it, the previous state and its hidden states are still whole.
         """
@@ -253,7 +253,7 @@ class WorkFolder:
                 old.unlink()
 
     def load_hidden(self, next_block: int) -> Tensor:
-        """Hidden states float32 [S, L, H] that enter block `next_block`. Raises InputError when they are gone."""
+        """Hidden states float32 [..., S, L, H] that enter block `next_block`. Raises InputError when they are gone."""
         path = self._hidden(next_block)
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -60,7 +60,12 @@ class OutputSmoothing(_Frozen):
 class Gptq(_Frozen):
     """GPTQ (Frantar et al., 2022): `damping` times the mean of diag(H) is added to the diagonal of H."""
 
-    damping: float = Field(0.01, gt=0.0, le=1.0)
+    damping: float | None = Field(0.01, gt=0.0, le=1.0)
+    target: Literal["served", "exact"] = "served"
+    sequential: bool = False
+    act_quant: bool = False
+    residual: bool = False
+    sweeps: int = Field(0, ge=0, le=8)
 
 
 class Calibration(_Frozen):
@@ -95,6 +100,8 @@ class Recipe(_Frozen):
     rotation: Literal["hadamard"] | None = None
     smooth_output: OutputSmoothing | None = None
     reorder: Literal["absmax"] | None = None
+    align_keys: Literal["mean"] | None = None
+    balance_values: Literal["covariance"] | None = None
     smooth_attention: SmoothAttention | None = None
     calibration: Calibration = Calibration()
     include: tuple[str, ...] = Field((), description="regular expressions: only linears that match one are quantized")

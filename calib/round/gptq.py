@@ -7,28 +7,38 @@ input asks only for its nearest code, on the progressive grid as on any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qoq.calib.round.columns import COLUMNS, round_columns
 from qoq.calib.round.grid import Grid
 from qoq.calib.round.grid_search import search_grid
+from qoq.calib.round.refine import refine
 from qoq.formats.packing import padded_in_features
-from qoq.formats.quantized_linear import CODE_MAX, QuantizedLinear
+from qoq.formats.quantized_linear import QuantizedLinear
 
-_LAZY = 128
-"""Inputs after which the rest of the weight is brought up to date, in one matrix product."""
+_CHANCE, _LEAST_DAMPING = 1.5, 0.005
+"""On SmolLM2, H of 8192 tokens generalizes best to others with damping near 1.5 K / tokens."""
 _DAMPING_STEPS = (1, 3, 10, 30, 100)
 """Multiples of the recipe's damping that are tried in turn until H can be factored."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """mean(x x^T) of the inputs x of a linear, float64 [K, K], over `tokens` tokens."""
+    """Means over `tokens` tokens, float64, for linears that multiply the same inputs x.
+
+    matrix   [K, K] of x x^T, with x as it is served
+    shift    [K, K] of (x' - x) x^T, with x' what the float model has in its place; None where x' is not known
+    missing  [N, K] of d x^T, with d what the outputs are to make up for besides; None for nothing
+    """
 
     matrix: Tensor
     tokens: int
+    shift: Tensor | None = None
+    missing: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,21 +46,56 @@ class Inputs:
     """What GPTQ needs of the inputs of a linear; linears that multiply the same input share one.
 
     order    of rounding: falling diag(H), int64 [K_padded]
-    factor   upper triangular U, float32 [K_padded, K_padded], in that order: U^T U is the inverse of H, damped;
+    cost     of the square of a rounding error, once what comes later has made up for it, float32 [K_padded]
+    damped   H with something added to its diagonal, float32 [K_padded, K_padded]
+    factor   upper triangular U, float32 [K_padded, K_padded], in that order: U^T U is the inverse of `damped`;
              None where there is none
     """
 
     moments: Moments
     order: Tensor
+    cost: Tensor
+    damped: Tensor
     factor: Tensor | None
 
     @staticmethod
-    def of(moments: Moments, *, damping: float) -> Inputs:
-        """Damping, a share of the mean of diag(H), is added to the diagonal, and more where H cannot be factored."""
-        k = moments.matrix.shape[0]
-        matrix = torch.nn.functional.pad(moments.matrix, (0, padded_in_features(k) - k) * 2)
+    def of(moments: Moments, *, damping: float | None) -> Inputs:
+        """Damping, a share of the mean of diag(H), is added to the diagonal, and more where H cannot be factored.
+
+        None: as much as there is chance in H, which grows with its order and falls with the number of tokens.
+        """
+        matrix = _padded(moments.matrix)
+        if damping is None:
+            damping = max(_CHANCE * moments.matrix.shape[0] / moments.tokens, _LEAST_DAMPING)
         order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
-        return Inputs(moments, order, _inverse_factor(matrix[order][:, order], damping))
+        damped, factor = matrix, None
+        for damped in _damped(matrix, damping):
+            factor = _inverse_factor(damped[order][:, order])
+            if factor is not None:
+                break
+        cost = matrix.diagonal().float()
+        if factor is not None:
+            cost = torch.empty_like(cost)
+            cost[order] = factor.diagonal() ** -2
+        return Inputs(moments, order, cost, damped.float(), factor)
+
+    def wanted(self, weight: Tensor) -> Tensor:
+        """The weight float32 [N, K] whose outputs on the served inputs come closest to what `weight` is meant to give.
+
+        That is W + (W E[(x' - x) x^T] + E[d x^T]) H^-1; `weight` itself where nothing is known of x' and d.
+        """
+        moments, (n, k) = self.moments, weight.shape
+        change = weight.new_zeros((n, k), dtype=torch.float64)
+        if moments.shift is not None:
+            change += weight.double() @ moments.shift
+        if moments.missing is not None:
+            change += moments.missing
+        if self.factor is None or (moments.shift is None and moments.missing is None):
+            return weight
+        ordered = torch.nn.functional.pad(change.float(), (0, len(self.order) - k))[:, self.order]
+        solved = torch.empty_like(ordered)
+        solved[:, self.order] = (ordered @ self.factor.t()) @ self.factor
+        return weight + solved[:, :k]
 
 
 @dataclass(frozen=True)
@@ -62,74 +107,86 @@ class Rounded:
 
 
 def gptq(
-    weight: Tensor, bias: Tensor | None, group_size: int | None, inputs: Inputs, *, search: bool = False
+    weight: Tensor,
+    bias: Tensor | None,
+    group_size: int | None,
+    inputs: Inputs,
+    *,
+    search: bool = False,
+    sweeps: int = 0,
 ) -> Rounded:
     """Quantize weight float32 [N, K] for these inputs, on the weight's device; the result is on the CPU.
 
-    `search`: scales and zeros by the error they leave on inputs of these mean squares, else by ranges. Inputs that are
-    always zero get the codes of zero. Falls back on rounding to nearest where there are fewer tokens than inputs, where
-    H has no factor, or where GPTQ gains nothing. Raises ValueError when a scale or the bias does not fit float16.
+    `search`: scales and zeros by the error they leave on such inputs, else by ranges. `sweeps`: passes
+    of calib.round.refine after it. Inputs that are always zero get the codes of zero. Falls back on rounding to nearest
+    where there are fewer tokens than inputs, where H has no factor, or where GPTQ gains nothing. Raises ValueError when
+    a scale or the bias does not fit float16.
     """
     in_features, moments = weight.shape[1], inputs.moments
-    grid = search_grid(weight, group_size, moments.matrix.diagonal()) if search else Grid.of(weight, group_size)
-    nearest = grid.nearest(grid.units(weight))
+    squares = moments.matrix.diagonal()
 
-    def rounded(codes: Tensor, fallback: str | None) -> Rounded:
-        return Rounded(grid.linear(codes, bias, in_features), fallback)
+    def nearest(reason: str) -> Rounded:
+        grid = search_grid(weight, group_size, squares) if search else Grid.of(weight, group_size)
+        return Rounded(grid.linear(grid.nearest(grid.units(weight)), bias, in_features), reason)
 
     if moments.tokens < in_features:
-        return rounded(nearest, f"{moments.tokens} calibration tokens for {in_features} inputs")
+        return nearest(f"{moments.tokens} calibration tokens for {in_features} inputs")
     if inputs.factor is None:
-        return rounded(nearest, "the moments of its inputs are not positive definite")
-    codes = _round_in_order(grid, weight, inputs.order, inputs.factor, moments.matrix.diagonal() <= 0)
-    losses = [_loss(grid, weight, chosen, moments.matrix) for chosen in (codes, nearest)]
-    if not losses[0] < losses[1]:
-        return rounded(nearest, "GPTQ gains nothing on the calibration text")
-    return rounded(codes, None)
+        return nearest("the moments of its inputs are not positive definite")
+    wanted = inputs.wanted(weight).masked_fill(squares <= 0, 0)
+    grid = search_grid(wanted, group_size, inputs.cost[:in_features]) if search else Grid.of(wanted, group_size)
+    codes = _round_in_order(grid, wanted, inputs.order, inputs.factor)
+    for _ in range(sweeps):
+        grid, codes = refine(grid, codes, wanted, inputs.damped, inputs.order)
+    linear, plain = grid.linear(codes, bias, in_features), nearest("GPTQ gains nothing on the calibration text")
+    losses = [_loss(found, wanted, moments.matrix) for found in (linear, plain.linear)]
+    return Rounded(linear, None) if losses[0] < losses[1] else plain
 
 
-def _inverse_factor(matrix: Tensor, damping: float) -> Tensor | None:
-    """Upper triangular U, float32, with U^T U the inverse of `matrix` damped; None where there is none."""
+def _padded(matrix: Tensor) -> Tensor:
+    k = matrix.shape[0]
+    return torch.nn.functional.pad(matrix, (0, padded_in_features(k) - k) * 2)
+
+
+def _damped(matrix: Tensor, damping: float) -> Iterator[Tensor]:
+    """`matrix` with more and more on its diagonal; nothing where it has no positive entry there."""
     diagonal = matrix.diagonal()
     mean = diagonal[diagonal > 0].mean()
     if not bool(torch.isfinite(mean)):
-        return None
+        return
     for step in _DAMPING_STEPS:
         damped = matrix.clone()
         # Inputs that are always zero take part in nothing: any positive number will do.
         damped.diagonal().add_(torch.where(diagonal > 0, damping * step * mean, mean))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
-                factor: Tensor = upper.float()
-                return factor
+        yield damped
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Upper triangular U, float32, with U^T U the inverse of `matrix`; None where there is none."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) == 0:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if int(failed) == 0 and bool(torch.isfinite(upper).all()):
+            factor: Tensor = upper.float()
+            return factor
     return None
 
 
-def _round_in_order(grid: Grid, weight: Tensor, order: Tensor, factor: Tensor, silent: Tensor) -> Tensor:
-    """Codes float32 [N, K_padded] for weight [N, K], columns taken in `order`. silent [K]: inputs that are zero."""
-    limit = grid.limit
-    left = grid.units(weight.masked_fill(silent, 0))[:, order]
-    codes = torch.empty_like(left)
-    columns = order.tolist()
-    for first in range(0, len(columns), _LAZY):
-        last = min(first + _LAZY, len(columns))
-        block, errors = left[:, first:last].clone(), torch.empty_like(left[:, first:last])
-        local = factor[first:last, first:last]
-        for i in range(last - first):
-            scale, zero = grid.scale_and_zero(columns[first + i])
-            wanted = block[:, i]
-            code = torch.round(wanted.clamp(-limit, limit) / scale + zero).clamp(0, CODE_MAX)
-            errors[:, i] = (wanted - (code - zero) * scale) / local[i, i]
-            block[:, i:] -= errors[:, i : i + 1] * local[i, i:]
-            codes[:, columns[first + i]] = code
-        left[:, last:] -= errors @ factor[first:last, last:]
+def _round_in_order(grid: Grid, weight: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """Codes float32 [N, K_padded] for weight [N, K], columns taken in `order`."""
+    left = grid.units(weight)[:, order]
+    scale, zero = (spread[:, order] for spread in grid.spread(len(order)))
+    ordered = torch.empty_like(left)
+    for first in range(0, len(order), COLUMNS):
+        now, later = slice(first, first + COLUMNS), slice(first + COLUMNS, None)
+        ordered[:, now], errors = round_columns(left[:, now], scale[:, now], zero[:, now], factor[now, now], grid.limit)
+        left[:, later] -= errors @ factor[now, later]
+    codes = torch.empty_like(ordered)
+    codes[:, order] = ordered
     return codes
 
 
-def _loss(grid: Grid, weight: Tensor, codes: Tensor, matrix: Tensor) -> float:
-    """tr(D H D^T) for the change D of weight [N, K] that these codes mean."""
-    linear = grid.linear(codes, None, weight.shape[1])
+def _loss(linear: QuantizedLinear, weight: Tensor, matrix: Tensor) -> float:
+    """tr(D H D^T) for the change D of weight [N, K] that a quantized layer means."""
     change = (linear.dequantize().to(weight.device) - weight).double()
     return float(((change @ matrix) * change).sum())

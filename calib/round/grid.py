@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qoq.calib.round.columns import nearest
 from qoq.formats.packing import padded_in_features
 from qoq.formats.quantized_linear import CODE_MAX, PROTECTIVE_QMAX, QuantizedLinear, ZeroPoints
 from qoq.recipes.schema import GROUP_SIZE
@@ -53,20 +54,24 @@ class Grid:
         """weight [N, K] in units of s1, clamped, float32 [N, K_padded]."""
         return (padded(weight) / self.s1.float().unsqueeze(1)).clamp(-self.limit, self.limit)
 
-    def scale_and_zero(self, column: int) -> tuple[Tensor | float, Tensor]:
-        """Of the group of an input: s2 (1 per channel) and zeros, float32 [N]."""
+    def spread(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Scales (1 per channel) and zeros of every weight, in units of s1: float32 [N, columns] each."""
         if self.s2 is None:
-            return 1.0, self.zeros[:, 0]
-        return self.s2[:, column // GROUP_SIZE], self.zeros[:, column // GROUP_SIZE]
+            zeros = self.zeros.expand(-1, columns)
+            return torch.ones_like(zeros), zeros
+        return self.s2.repeat_interleave(GROUP_SIZE, dim=1), self.zeros.repeat_interleave(GROUP_SIZE, dim=1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [N, K_padded] mean, in units of s1, float32."""
+        scale, zero = self.spread(codes.shape[1])
+        return (codes - zero) * scale
 
     def nearest(self, units: Tensor) -> Tensor:
-        """The nearest codes of units [N, K_padded], float32. Ties go to even codes."""
-        if self.s2 is None:
-            return torch.round(units + self.zeros).clamp(0, CODE_MAX)
-        # Level 2 rounds the unrounded quotient: rounding it to int8 first would add an error of its own.
-        grouped = units.view(units.shape[0], -1, GROUP_SIZE)
-        codes = torch.round(grouped / self.s2.unsqueeze(2) + self.zeros.unsqueeze(2)).clamp(0, CODE_MAX)
-        return codes.view_as(units)
+        """The nearest codes of units [N, K_padded], float32.
+
+        Level 2 rounds the unrounded quotient: rounding it to int8 first would add an error of its own.
+        """
+        return nearest(units, *self.spread(units.shape[1]), self.limit)
 
     def linear(self, codes: Tensor, bias: Tensor | None, in_features: int) -> QuantizedLinear:
         """The layer with these codes [N, K_padded], on the CPU. Raises ValueError when a value does not fit float16."""

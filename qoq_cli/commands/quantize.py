@@ -210,7 +210,8 @@ def parse_size(text: str) -> int:
 
 def _run(terminal: Terminal, plan: Plan, *, restart: bool) -> RunResult:
     from qoq.calib.corpus import Windows, calibration_windows, load_corpus
-    from qoq.calib.job import Progress, run
+    from qoq.calib.job import run
+    from qoq.calib.progress import Progress
     from qoq.calib.skeleton import load_tokenizer
 
     calibration = plan.request.recipe.calibration

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qoq.calib.against import compare
 from qoq.calib.corpus import Windows
-from qoq.calib.job import Progress, RunResult, run
+from qoq.calib.job import RunResult, run
 from qoq.calib.perplexity import score_models
 from qoq.calib.plan import Plan, QuantizeRequest, make_plan, open_model
+from qoq.calib.progress import Progress
 from qoq.calib.served import ServedModel, open_served
 from qoq.calib.streaming import StreamedModel
 from qoq.formats.manifest import canonical_digest, manifest_problems, read_manifest

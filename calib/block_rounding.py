@@ -1,0 +1,116 @@
+"""The linears of a block, rounded in the order in which they run, each for the inputs that those before it leave it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from qoq.calib.moments import MomentObserver, inputs_of
+from qoq.calib.plan import Plan
+from qoq.calib.progress import Tick
+from qoq.calib.round.gptq import Inputs, gptq
+from qoq.calib.round.rtn import round_to_nearest
+from qoq.calib.streaming import BlockRunner, build_block
+from qoq.formats.arithmetic import IntegerWeight
+from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.recipes.errors import InputError
+
+
+@dataclass
+class RoundedBlock:
+    """What is rounded so far, by name relative to the block: for the disk, and decoded on the device.
+
+    `fallbacks`: why linears were rounded to nearest although the recipe says GPTQ.
+    """
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    decoded: dict[str, IntegerWeight] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+
+def round_block(
+    plan: Plan, index: int, tensors: dict[str, Tensor], streams: Tensor, runner: BlockRunner, tick: Tick
+) -> RoundedBlock:
+    """Round what the plan says of block `index`; `streams` [1 or 2, S, L, H] as for `quantize_block_`.
+
+    Raises InputError naming the linear where weights or inputs are not finite, or, with --strict, where GPTQ fails.
+    """
+    recipe, family = plan.request.recipe, plan.skeleton.family
+    prefix = family.block_prefix(index)
+    done = RoundedBlock()
+    for roles in family.shared_inputs:
+        names = [name for role in roles if prefix + (name := family.roles[role]) in plan.quantized]
+        inputs = None
+        if names and recipe.rounding == "gptq":
+            inputs = _observe(plan, index, tensors, names, done, streams, runner, tick)
+        for name in names:
+            try:
+                _round_one(plan, name, tensors, inputs, done)
+            except ValueError as error:
+                raise InputError(f"{prefix}{name}: {error}") from error
+            if name in done.fallbacks and plan.request.strict:
+                raise InputError(
+                    f"{prefix}{name}: GPTQ failed: {done.fallbacks[name]}",
+                    remedy="calibrate on more text, or leave out --strict to round this linear to nearest",
+                )
+            done.decoded[name] = IntegerWeight.decode(done.linears[name], runner.device)
+            tick(f"rounding {name}", 0.1 / len(family.roles))
+    return done
+
+
+def _round_one(plan: Plan, name: str, tensors: dict[str, Tensor], inputs: Inputs | None, done: RoundedBlock) -> None:
+    recipe = plan.request.recipe
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    searches = recipe.grid == "search"
+    if inputs is None:
+        done.linears[name] = round_to_nearest(weight, bias, recipe.group_size, search=searches)
+        return
+    result = gptq(weight, bias, recipe.group_size, inputs, search=searches, sweeps=recipe.gptq.sweeps)
+    done.linears[name] = result.linear
+    if result.fallback is not None:
+        done.fallbacks[name] = result.fallback
+
+
+def _observe(
+    plan: Plan,
+    index: int,
+    tensors: dict[str, Tensor],
+    names: list[str],
+    done: RoundedBlock,
+    streams: Tensor,
+    runner: BlockRunner,
+    tick: Tick,
+) -> Inputs:
+    """The inputs that the linears `names` share, when those before them are quantized."""
+    recipe, family = plan.request.recipe, plan.skeleton.family
+    spec = recipe.gptq
+    exact = build_block(plan.skeleton, index, tensors)
+    served = (
+        build_block(
+            plan.skeleton, index, tensors, quantized=done.decoded, act_bits=recipe.act_bits, kv_bits=recipe.kv_bits
+        )
+        if spec.sequential
+        else exact
+    )
+    observer = MomentObserver(recipe.act_bits if spec.act_quant else 16)
+    # What adds to the residual stream may make up for what is missing there, too.
+    stream = {family.roles["attn_out"]: family.input_norm, family.roles["mlp_down"]: family.mlp_norm}.get(names[0])
+    wanted = [names[0]] if stream is None or not spec.residual else [stream, names[0]]
+    batches = -(-streams.shape[1] // runner.batch)
+    for _, batch in runner.batches(streams):
+        seen = inputs_of(served, wanted, partial(runner, index, served, batch[0]))
+        if len(batch) == 1:
+            observer.add(seen[-1])
+        else:
+            meant = inputs_of(exact, wanted, partial(runner, index, exact, batch[1]))
+            observer.add(seen[-1], meant[-1], meant[0] - seen[0] if len(wanted) == 2 else None)
+        tick("observing inputs", 0.05 / batches)
+    try:
+        return Inputs.of(observer.moments(), damping=spec.damping)
+    except ValueError as error:
+        raise InputError(
+            f"{family.block_prefix(index)}{names[0]}: {error}",
+            remedy="the model is damaged, or its weights do not fit its configuration",
+        ) from error
