@@ -45,7 +45,7 @@ $(BIN)/pip:
 	  "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
 	exit 3
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+$(STAMP): pyproject.toml $(wildcard constraints*.txt) | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
@@ -85,6 +85,11 @@ test-gpu: setup ## tests that need a GPU; fails when every one was skipped
 	suite = ElementTree.parse("build/test-gpu.xml").find("testsuite").attrib; \
 	ran = int(suite["tests"]) - int(suite["skipped"]); \
 	sys.exit(None if ran else "test-gpu: every GPU test was skipped; `qoq doctor` says what is missing")'
+
+.PHONY: test-lm-eval
+test-lm-eval: ## tests of qoq eval --tasks and --longbench, with lm-eval in an environment of its own
+	$(MAKE) test VENV=.venv-lm-eval CONSTRAINTS=constraints-lm-eval.txt EXTRAS=dev,lm-eval,longbench \
+	  ARGS="tests/qoq_cli/test_eval_tasks.py tests/qoq_cli/test_longbench.py"
 
 .PHONY: kernels
 kernels: setup ## compile every kernel for every architecture; prints registers, fails on spills (no GPU; some minutes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,12 @@ def relative_error(approximate: Tensor, exact: Tensor) -> float:
     error = RelativeError()
     error.update(approximate, exact)
     return error.value
+
+
+def paired_standard_error(a: Sequence[float], b: Sequence[float]) -> float:
+    """Standard error of the mean of a - b, for two scores of each of N >= 2 documents, in float64.
+
+    Mostly it is smaller than the errors of the two means suggest: the same documents are hard for both.
+    """
+    differences = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    return float(differences.std(correction=1)) / math.sqrt(len(differences))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import qoq.kernels.hf
 from qoq.formats.checkpoint import is_checkpoint, open_checkpoint
 from qoq.formats.sources import is_gguf
+from qoq.kernels.modules import Backend
 from qoq.recipes.errors import InputError
 
 _BATCH_TOKENS = 4096
@@ -40,6 +41,20 @@ def load_model(path: Path, *, device: str = "cpu", trust_remote_code: bool = Fal
     return model
 
 
+def load_as_served(
+    path: Path, *, device: str, kv_bits: int, act_bits: int, backend: Backend, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model at `path` with its cache and the inputs of its quantized linears at so many bits, on `backend`.
+
+    A 16-bit model has no quantized linears, and `act_bits` changes nothing there. Raises InputError as `load_model`.
+    """
+    model = load_model(path, device=device, trust_remote_code=trust_remote_code)
+    qoq.kernels.hf.set_act_bits(model, act_bits)
+    qoq.kernels.hf.set_kv_bits(model, kv_bits)
+    qoq.kernels.hf.set_backend(model, backend)
+    return model
+
+
 class KernelModel:
     """A checkpoint as it is served: 16-bit activations between linears, everything quantized on the kernels.
 
@@ -63,10 +78,14 @@ class KernelModel:
 
         Raises EnvironmentProblem when the kernels cannot run, InputError when the checkpoint cannot be loaded.
         """
-        model = load_model(self._path, device=self._device, trust_remote_code=self._trust)
-        qoq.kernels.hf.set_act_bits(model, 8)
-        qoq.kernels.hf.set_kv_bits(model, self._kv_bits)
-        qoq.kernels.hf.set_backend(model, "kernels")
+        model = load_as_served(
+            self._path,
+            device=self._device,
+            kv_bits=self._kv_bits,
+            act_bits=8,
+            backend="kernels",
+            trust_remote_code=self._trust,
+        )
         batch = max(1, _BATCH_TOKENS // windows.shape[1])
         for tokens in windows.split(batch):
             with torch.no_grad():  # not around the yield: the mode is global, and would be the caller's meanwhile

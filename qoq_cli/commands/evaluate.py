@@ -1,4 +1,4 @@
-"""`qoq eval`: what quantization costs, measured on text."""
+"""`qoq eval`: what quantization costs, measured on text and on tasks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from rich.table import Table
 
 from qoq.recipes.errors import InputError
 from qoq_cli.backends import KERNELS, REFERENCE, BackendOption, resolve_backend
+from qoq_cli.harness_runs import Candidate, check_lengths, run_suite, suite_json
+from qoq_cli.harness_tables import render_suite
+from qoq_cli.harness_tasks import Suite, named_suite
+from qoq_cli.longbench import longbench_suite
 from qoq_cli.model_location import EMBEDDED, TINY, TINY_OUTLIER, builtin_texts, find_newest_checkpoint, resolve_model
 from qoq_cli.progress import progress
 from qoq_cli.terminal import (
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from qoq.calib.perplexity import Forward
+    from qoq.kernels.modules import Backend
 
 _DEFAULT_LENGTH = 2048
 
@@ -44,13 +49,37 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Text for perplexity: wikitext, c4, builtin, or a file. Repeatable.  [default: wikitext]"),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES", help="Tasks of lm-eval, such as hellaswag,arc_easy: groups and * too. Repeatable."
+        ),
+    ] = None,
+    longbench: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="LongBench: default, all, e, tasks such as qasper,lcc, or a folder of data."
+        ),
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="16-bit model to compare with: adds KL divergence and top-1 agreement.")
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens in a window.  [default: 2048, or what the model knows]")
+        int | None,
+        typer.Option(metavar="N", help="Tokens in a window, or a prompt.  [default: 2048, or what the model knows]"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Score only the first N windows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Score only the first N windows, or documents of a task.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="N", help="Examples in a prompt of --tasks.  [default: the task's]")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Task files (YAML) of your own for --tasks, found first.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts at once in tasks.  [default: 8, in LongBench 1]")
+    ] = None,
     kv_bits: Annotated[
         int | None, typer.Option(metavar="N", help="KV cache bits: 4, 8 or 16.  [default: the checkpoint's]")
     ] = None,
@@ -65,7 +94,7 @@ def evaluate(
     quiet: QuietOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure the perplexity of checkpoints as they will be served, and of 16-bit models.
+    """Measure checkpoints as they will be served, and 16-bit models: perplexity, or tasks of lm-eval and LongBench.
 
     Weights are decoded from the packed bytes, activations are int8 per token, keys (after RoPE) and values go through
     the 4-bit cache. Windows do not overlap; each is scored on its own.
@@ -73,16 +102,27 @@ def evaluate(
     On a GPU, checkpoints run on the CUDA kernels, loaded whole in 16 bit, as they are served. The reference computes in
     float32, one decoder block at a time; it takes any machine, 16-bit models, the baseline, and 16-bit activations.
 
-    Examples: `qoq eval checkpoints/tiny-w4a8kv4-g128 --baseline tiny --ppl builtin`; `qoq eval CKPT --kv-bits 16`.
+    `--tasks` and `--longbench` take lm-eval (`pip install 'qoq[lm-eval]'`, `'qoq[longbench]'`) and hold each model
+    whole, one after the other: in its 16-bit type on a GPU, in float32 without one. LongBench is run a second time with
+    a 16-bit KV cache, so that the cost of the cache stands by itself. With either, perplexity needs `--ppl`.
+
+    Examples: `qoq eval checkpoints/tiny-w4a8kv4-g128 --baseline tiny --ppl builtin`; `qoq eval CKPT --kv-bits 16`;
+    `qoq eval CKPT --tasks hellaswag,arc_easy --baseline llama-3-8b`; `qoq eval CKPT --longbench default`.
     """
     terminal = Terminal(as_json, quiet)
-    for option, count, least in (("--seq-len", seq_len, 2), ("--limit", limit, 1)):
+    for option, count, least in (
+        ("--seq-len", seq_len, 2),
+        ("--limit", limit, 1),
+        ("--num-fewshot", num_fewshot, 0),
+        ("--batch-size", batch_size, 1),
+    ):
         if count is not None and count < least:
             raise InputError(f"{option} {count}: too small", remedy=f"pass at least {least}")
     if kv_bits not in (None, 4, 8, 16):
         raise InputError(f"--kv-bits {kv_bits}: not supported", remedy="use 4, 8 or 16")
     if act_bits not in (None, 8, 16):
         raise InputError(f"--act-bits {act_bits}: not supported", remedy="use 8 or 16")
+    suites = _suites(terminal, tasks, longbench, task_path, num_fewshot, batch_size)
     names = list(models or ())
     if not names:
         newest = find_newest_checkpoint(Path("checkpoints"))
@@ -100,23 +140,78 @@ def evaluate(
         raise InputError("--backend kernels: none of the models is a checkpoint", remedy="use --backend reference")
     if act_bits == 8 and not any(model.has_quantized for model in opened.values()):
         raise InputError("--act-bits 8: only quantized linears take 8-bit activations", remedy="pass a checkpoint")
-    texts = ppl or (["builtin"] if evaluation.all_embedded else ["wikitext"])
+    default = ["builtin"] if evaluation.all_embedded else ["wikitext"]
+    texts = ppl or ([] if suites else default)
+    candidates = [model.candidate for model in opened.values()]
+    for suite in suites.values():
+        check_lengths(suite, candidates, seq_len)
     results = {
         text: evaluation.score(opened, text, baseline, seq_len=seq_len, limit=limit) for text in dict.fromkeys(texts)
     }
+    runs = {
+        key: run_suite(
+            terminal,
+            suite,
+            candidates,
+            device=evaluation.device,
+            limit=limit,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+        )
+        for key, suite in suites.items()
+    }
     data = {"baseline": baseline, "device": evaluation.device, "texts": results}
-    terminal.result(data, lambda console: _render(console, results, baseline))
+    data |= {key: suite_json(suite, runs[key], limit=limit) for key, suite in suites.items()}
+
+    def render(console: Console) -> None:
+        _render(console, results, baseline)
+        for key, suite in suites.items():
+            render_suite(console, suite, runs[key])
+
+    terminal.result(data, render)
+
+
+def _suites(
+    terminal: Terminal,
+    tasks: list[str] | None,
+    longbench: str | None,
+    task_path: Path | None,
+    num_fewshot: int | None,
+    batch_size: int | None,
+) -> dict[str, Suite]:
+    """What lm-eval is to do, by its key in the JSON: loaded first, because that takes less time than a model."""
+    if tasks is None:
+        for option, value in (("--task-path", task_path), ("--num-fewshot", num_fewshot)):
+            if value is not None:
+                raise InputError(f"{option} {value}: only --tasks uses it", remedy="add --tasks NAMES")
+        if batch_size is not None and longbench is None:
+            raise InputError(
+                f"--batch-size {batch_size}: only --tasks and --longbench use it", remedy="add one of them"
+            )
+    suites = {}
+    if tasks is not None:
+        names = [name for part in tasks for name in (word.strip() for word in part.split(",")) if name]
+        if not names:
+            raise InputError("--tasks: no name", remedy="give some, such as --tasks hellaswag,arc_easy")
+        if task_path is not None and not task_path.is_dir():
+            raise InputError(f"--task-path {task_path}: no such folder", remedy="give a folder with YAML files")
+        terminal.note("reading the tasks of lm-eval")
+        suites["tasks"] = named_suite(names, folder=task_path, num_fewshot=num_fewshot)
+    if longbench is not None:
+        terminal.note("reading the tasks and the data of LongBench")
+        suites["longbench"] = longbench_suite(longbench)
+    return suites
 
 
 class _Model:
     """One opened model and how it is run; `make` takes what to call with the blocks that were done since the last."""
 
-    def __init__(self, label: str, make: Callable[[Callable[[float], None]], Forward], facts: dict[str, Any]):
-        self.label, self.make, self.facts = label, make, facts
-        self.path: Path = facts.pop("path")
-        self.blocks: int = facts.pop("blocks")
-        self.positions: int = facts.pop("positions")
-        self.has_quantized = facts["scheme"].startswith("w4")
+    def __init__(self, candidate: Candidate, make: Callable[[Callable[[float], None]], Forward], blocks: int):
+        self.candidate, self.make, self.blocks = candidate, make, blocks
+        self.label, self.path, self.positions = candidate.label, candidate.path, candidate.positions
+        self.facts = {"scheme": candidate.scheme, "backend": candidate.backend}
+        self.has_quantized = candidate.weights == 4
 
 
 class _Evaluation:
@@ -159,14 +254,16 @@ class _Evaluation:
             kv_bits = self._kv_bits or config.kv_bits
             # Only quantized linears take 8-bit activations, so without any there are none.
             act_bits = (self._act_bits or config.act_bits) if served.quantized else 16
-            weights = "w4" if served.quantized else "w16"
+            weights = 4 if served.quantized else 16
         else:
             self.all_embedded &= location.kind == EMBEDDED
             skeleton, source = open_model(location.path, trust_remote_code=self._trust)
             kv_bits = 16 if is_baseline else self._kv_bits or 16
-            checkpoint, act_bits, weights = None, 16, "w16"
+            checkpoint, act_bits, weights = None, 16, 16
 
-        backend = self.backend if checkpoint is not None and act_bits == 8 else REFERENCE
+        backend: Backend = (
+            KERNELS if self.backend == KERNELS and checkpoint is not None and act_bits == 8 else REFERENCE
+        )
         if checkpoint is not None and self._must_run_kernels and backend != KERNELS:
             raise InputError(
                 f"--backend kernels: {name} has {act_bits}-bit activations, and the kernels take 8-bit ones only",
@@ -186,14 +283,17 @@ class _Evaluation:
                 on_block=lambda _: on_blocks(1),
             ).logits
 
-        facts = {
-            "scheme": f"{weights}a{act_bits}kv{kv_bits}",
-            "backend": backend,
-            "path": location.path,
-            "blocks": skeleton.num_blocks,
-            "positions": int(getattr(skeleton.config, "max_position_embeddings", _DEFAULT_LENGTH)),
-        }
-        return _Model(name, make, facts)
+        candidate = Candidate(
+            name,
+            location.path,
+            weights=weights,
+            act_bits=act_bits,
+            kv_bits=kv_bits,
+            backend=backend,
+            positions=int(getattr(skeleton.config, "max_position_embeddings", _DEFAULT_LENGTH)),
+            is_baseline=is_baseline,
+        )
+        return _Model(candidate, make, skeleton.num_blocks)
 
     def _kernel_forward(self, path: Path, kv_bits: int, blocks: int, on_blocks: Callable[[float], None]) -> Forward:
         from transformers.utils.logging import disable_progress_bar

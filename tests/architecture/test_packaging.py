@@ -106,20 +106,38 @@ def test_the_version_is_a_literal_in_one_place() -> None:
     assert importlib.metadata.version("qoq") == values[0].value, "run `make setup` after changing the version"
 
 
-def test_constraints_pin_every_dependency_within_its_range() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+CONSTRAINTS = {"constraints.txt": (), "constraints-lm-eval.txt": ("lm-eval", "longbench")}
+"""Which extras are pinned in a file of their own, because they cannot be installed with the rest of the pinned set."""
+
+
+def pinned(name: str) -> dict[str, Version]:
     pins = {}
-    for line in lines:
+    for line in (ROOT / name).read_text().splitlines():
         if line and not line.startswith("#"):
             match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9A-Za-z.]+)", line)
-            assert match, f"constraints.txt: not a plain pin: {line!r}"
+            assert match, f"{name}: not a plain pin: {line!r}"
             pins[canonicalize_name(match[1])] = Version(match[2])
+    return pins
+
+
+@pytest.mark.parametrize("file", CONSTRAINTS)
+def test_constraints_pin_every_dependency_within_its_range(file: str) -> None:
+    pins = pinned(file)
+    apart = {extra for extras in CONSTRAINTS.values() for extra in extras} - set(CONSTRAINTS[file])
     extras = PROJECT["project"]["optional-dependencies"]
-    for text in [*PROJECT["project"]["dependencies"], *(entry for extra in extras.values() for entry in extra)]:
+    optional = [entry for extra, entries in extras.items() if extra not in apart for entry in entries]
+    for text in [*PROJECT["project"]["dependencies"], *optional]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
-        assert name in pins, f"constraints.txt does not pin {name}"
+        assert name in pins, f"{file} does not pin {name}"
         assert pins[name] in requirement.specifier, f"{name}: {pins[name]} is outside {requirement.specifier}"
+
+
+def test_the_pins_of_lm_eval_are_the_others_and_more() -> None:
+    pins, more = pinned("constraints.txt"), pinned("constraints-lm-eval.txt")
+    assert {name: version for name, version in pins.items() if more.get(name) != version} == {
+        "python-dateutil": pins["python-dateutil"]
+    }
 
 
 def test_the_image_installs_the_pinned_set() -> None:
