@@ -157,7 +157,8 @@ def _smooth_attention(
     ranges = KeyRanges.from_observer(ranges_seen, shared=is_shared)
     candidates = candidate_scales(ranges, spec)
     if spec.mode == "search":
-        search = StrengthSearch(candidates, plan.request.recipe.kv_bits, spec.search_tokens)
+        recipe = plan.request.recipe
+        search = StrengthSearch(candidates, recipe.kv_bits, spec.search_tokens, recipe.key_rotation)
         for _, batch in runner.batches(hidden):
             if not search.is_done:
                 observe(attention, search, partial(runner, index, block, batch))
@@ -294,6 +295,7 @@ def _advance_(
         quantized={name: IntegerWeight.decode(linear, device) for name, linear in quantized.items()},
         act_bits=recipe.act_bits,
         kv_bits=recipe.kv_bits,
+        key_rotation=recipe.key_rotation,
     )
     linear_errors = {name: RelativeError() for name in quantized}
     block_error = RelativeError()

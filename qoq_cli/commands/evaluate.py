@@ -159,12 +159,12 @@ class _Evaluation:
             kv_bits = self._kv_bits or config.kv_bits
             # Only quantized linears take 8-bit activations, so without any there are none.
             act_bits = (self._act_bits or config.act_bits) if served.quantized else 16
-            weights = "w4" if served.quantized else "w16"
+            weights, key_rotation = "w4" if served.quantized else "w16", config.key_rotation
         else:
             self.all_embedded &= location.kind == EMBEDDED
             skeleton, source = open_model(location.path, trust_remote_code=self._trust)
             kv_bits = 16 if is_baseline else self._kv_bits or 16
-            checkpoint, act_bits, weights = None, 16, "w16"
+            checkpoint, act_bits, weights, key_rotation = None, 16, "w16", "none"
 
         backend = self.backend if checkpoint is not None and act_bits == 8 else REFERENCE
         if checkpoint is not None and self._must_run_kernels and backend != KERNELS:
@@ -188,6 +188,7 @@ class _Evaluation:
 
         facts = {
             "scheme": f"{weights}a{act_bits}kv{kv_bits}",
+            "key_rotation": "none" if kv_bits == 16 else key_rotation,
             "backend": backend,
             "path": location.path,
             "blocks": skeleton.num_blocks,
