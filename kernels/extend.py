@@ -28,7 +28,8 @@ from qoq.kernels.extend_batch import (
     FlashLoad,
     prepare_extend,
 )
-from qoq.kernels.kv_cache import check_gather, run_gather
+from qoq.kernels.kv_cache import run_gather
+from qoq.kernels.kv_operands import check_gather
 from qoq.kernels.layouts import PAGE_SIZE
 
 
