@@ -189,7 +189,8 @@ def turned(x: Array, key_rotation: str) -> Array:
 class Reference:
     """A whole decoder in numpy float64, one window at a time, every loop written out.
 
-    `kv_bits` and `key_rotation` apply to each block; linears named in `served` (full name: float weight, bias) get int8 activations.
+    `kv_bits` and `key_rotation` apply to each block; linears named in `served` (full name: float weight, bias) get
+    int8 activations.
     `inputs` collects what enters each block, `outputs` what leaves it, `keys` and `queries` those after RoPE.
     """
 

@@ -437,9 +437,7 @@ def streamed(opened: ServedModel, **changes: Any) -> StreamedModel:
 # ---- serving it again
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "llama-rotated-keys", "qwen2-per-channel", "mistral", "qwen3", "llama-tied"]
-)
+@pytest.mark.parametrize("name", ["llama", "llama-rotated-keys", "qwen2-per-channel", "mistral", "qwen3", "llama-tied"])
 def test_a_checkpoint_is_served_as_it_is_stored(name: str, quantize: Quantize, tokens: Tokens, reference: Any) -> None:
     family, config, changes = CASES[name]
     case = quantize(family, recipe=recipe_of(**changes), **config)
