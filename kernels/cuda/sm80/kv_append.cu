@@ -7,7 +7,7 @@
 // so bytes are written without reading, by many tokens at once.
 //
 // HEAD_DIM  64, 128          IN_FORMAT  0 float16, 1 bfloat16
-// BITS      4, 8             ROPE       1: apply it, and write query_out, key_out, value_out; 0: keys have gone through it
+// BITS      4, 8             ROPE       1: apply it, and write query_out, key_out, value_out; 0: keys have had it
 //                            ROTATE     1: Hadamard rotation of keys and queries; 0: none
 #include "common/hadamard.cuh"
 #include "common/kv_page.cuh"
@@ -29,7 +29,8 @@ DEVICE Values load_rounded(const float* table) {
 }
 
 // x * cos + rotate_half(x) * sin, every step rounded to Format, as transformers' apply_rotary_pos_emb.
-DEVICE void apply_rope(Values& v, const Values& partner, const Values& cosines, const Values& sines, bool is_lower_half) {
+DEVICE void apply_rope(Values& v, const Values& partner, const Values& cosines, const Values& sines,
+                       bool is_lower_half) {
     const uint32_t sign = is_lower_half ? kSigns : 0u;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
