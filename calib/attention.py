@@ -1,7 +1,7 @@
 """The attention function of calibration and evaluation: keys and values go through the KV cache's round trip.
 
-transformers calls it with queries and keys after RoPE, which is where the cache quantizes. Registered under
-`ATTENTION_NAME`; importing this module registers it.
+transformers calls it with queries and keys after RoPE, where they are rotated if they are to be, and where the cache
+quantizes. Registered under `ATTENTION_NAME`; importing this module registers it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qoq.formats.arithmetic import kv_round_trip
+from qoq.formats.arithmetic import as_attended
+from qoq.recipes.schema import KeyRotation
 
 ATTENTION_NAME = "qoq_calibration"
-_KV_BITS, _OBSERVER = "qoq_kv_bits", "qoq_observer"
+_KV_BITS, _KEY_ROTATION, _OBSERVER = "qoq_kv_bits", "qoq_key_rotation", "qoq_observer"
 """Attributes of an attention module; transformers passes the module, and nothing else of ours, to the function."""
 
 AttentionObserver = Callable[[Tensor, Tensor, Tensor, "AttentionCall"], None]
-"""Called with queries [B, heads, L, D], keys and values [B, kv_heads, L, D], all before the round trip."""
+"""Called with queries [B, heads, L, D], keys and values [B, kv_heads, L, D], all before rotation and round trip."""
 
 
 class AttentionCall:
@@ -36,9 +37,10 @@ class AttentionCall:
         return output
 
 
-def set_kv_bits(attention: nn.Module, kv_bits: int) -> None:
-    """Make this attention module use a KV cache of 4, 8 or 16 bits."""
+def set_kv_bits(attention: nn.Module, kv_bits: int, key_rotation: KeyRotation = "none") -> None:
+    """Make this attention module use a KV cache of 4, 8 or 16 bits, the keys in it rotated (16: as they are)."""
     setattr(attention, _KV_BITS, kv_bits)
+    setattr(attention, _KEY_ROTATION, key_rotation)
 
 
 class _Seen(Exception):
@@ -68,8 +70,9 @@ def _attention(
     if observer is not None:
         observer(query, key, value, call)
         raise _Seen
-    kv_bits = getattr(module, _KV_BITS, 16)
-    return call(query, kv_round_trip(key, kv_bits), kv_round_trip(value, kv_bits)), None
+    kv_bits: int = getattr(module, _KV_BITS, 16)
+    key_rotation: KeyRotation = getattr(module, _KEY_ROTATION, "none")
+    return call(*as_attended(query, key, value, kv_bits=kv_bits, key_rotation=key_rotation)), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -195,7 +195,8 @@ def _smooth_attention(
     ranges = KeyRanges.from_observer(ranges_seen, shared=is_shared)
     candidates = candidate_scales(ranges, spec)
     if spec.mode == "search":
-        search = StrengthSearch(candidates, plan.request.recipe.kv_bits, spec.search_tokens)
+        recipe = plan.request.recipe
+        search = StrengthSearch(candidates, recipe.kv_bits, spec.search_tokens, recipe.key_rotation)
         for _, batch in runner.batches(hidden):
             if not search.is_done:
                 observe(attention, search, partial(runner, index, block, batch))
@@ -270,6 +271,7 @@ def _advance_(
         quantized=quantized,
         act_bits=recipe.act_bits,
         kv_bits=recipe.kv_bits,
+        key_rotation=recipe.key_rotation,
     )
     linear_errors = {name: RelativeError() for name in quantized}
     block_error = RelativeError()

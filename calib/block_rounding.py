@@ -87,12 +87,14 @@ def _observe(
     recipe, family = plan.request.recipe, plan.skeleton.family
     spec = recipe.gptq
     exact = build_block(plan.skeleton, index, tensors)
-    served = (
-        build_block(
-            plan.skeleton, index, tensors, quantized=done.decoded, act_bits=recipe.act_bits, kv_bits=recipe.kv_bits
-        )
-        if spec.sequential
-        else exact
+    served = build_block(
+        plan.skeleton,
+        index,
+        tensors,
+        quantized=done.decoded,
+        act_bits=recipe.act_bits,
+        kv_bits=recipe.kv_bits,
+        key_rotation=recipe.key_rotation,
     )
     observer = MomentObserver(recipe.act_bits if spec.act_quant else 16)
     # What adds to the residual stream may make up for what is missing there, too.

@@ -21,6 +21,7 @@ from qoq.formats.packing import packed_shapes
 from qoq.formats.sources import is_gguf
 from qoq.formats.work_folder import JobState, WorkFolder
 from qoq.formats.writer import ShardWriter, index_json
+from qoq.recipes.schema import KeyRotation
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -177,6 +178,7 @@ def _model_card(plan: Plan, manifest: dict[str, Any]) -> str:
 
 - weights of {totals["quantized_linears"]} linears: {weights}
 - activations: {request.recipe.act_bits} bit per token; KV cache: {request.recipe.kv_bits} bit per token and head
+- key rotation: {_rotation(plan.config.key_rotation)}
 - size: {sizes}
 - calibration: {calibration["windows"]} windows of {calibration["seq_len"]} tokens of {calibration["source"]}
 
@@ -194,6 +196,12 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 `qoq verify PATH` checks every file and every weight; `qoq eval PATH --baseline MODEL` measures what it costs.
 Norm gains are {norms} the weights. `qoq_manifest.json` has the recipe, the source's hashes and the error of each layer.
 """
+
+
+def _rotation(key_rotation: KeyRotation) -> str:
+    if key_rotation == "none":
+        return "none"
+    return f"{key_rotation}; queries and keys are rotated while the model runs, which other runtimes do not do"
 
 
 def _grid(group_size: int | None) -> str:

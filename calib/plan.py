@@ -174,6 +174,7 @@ def make_plan(request: QuantizeRequest) -> Plan:
         kv_bits=recipe.kv_bits,
         zero_domain=recipe.zero_domain,
         norms_folded=recipe.rotation is not None,
+        key_rotation=recipe.key_rotation,
         padded={
             name: linear.in_features
             for name, linear in quantized.items()

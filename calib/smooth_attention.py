@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qoq.calib.attention import AttentionCall
-from qoq.formats.arithmetic import kv_round_trip
+from qoq.formats.arithmetic import kv_round_trip, rotate_heads
 from qoq.recipes.families import Family
-from qoq.recipes.schema import SmoothAttention
+from qoq.recipes.schema import KeyRotation, SmoothAttention
 
 
 class RangeObserver:
@@ -76,12 +76,15 @@ class KeyRanges:
 class StrengthSearch:
     """Measures, for each candidate lambda, how far 4-bit keys move the attention output of each KV head.
 
+    Smoothed keys and queries are rotated as they will be when served: the rotation takes some of lambda's work.
+
     `errors` is float64 [candidates, kv_heads]: squared error of the outputs of the group's query heads, values kept
     in full precision. Outputs, not scores: a score matters as much as the probability it moves.
     """
 
-    def __init__(self, candidates: Tensor, kv_bits: int, token_limit: int) -> None:
+    def __init__(self, candidates: Tensor, kv_bits: int, token_limit: int, key_rotation: KeyRotation = "none") -> None:
         self._candidates, self._kv_bits, self._left = candidates, kv_bits, token_limit
+        self._key_rotation: KeyRotation = key_rotation
         self.errors = torch.zeros(candidates.shape[:2], dtype=torch.float64, device=candidates.device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
@@ -93,8 +96,9 @@ class StrengthSearch:
         exact = call(query, key, value)
         for i, scale in enumerate(self._candidates):
             key_scale = scale[None, :, None, :]
-            keys = kv_round_trip(key / key_scale, self._kv_bits)
-            output = call(query * key_scale.repeat_interleave(group, dim=1), keys, value)
+            keys = kv_round_trip(rotate_heads(key / key_scale, self._key_rotation), self._kv_bits)
+            queries = rotate_heads(query * key_scale.repeat_interleave(group, dim=1), self._key_rotation)
+            output = call(queries, keys, value)
             squared = (output - exact).double().square().sum(dim=(0, 1, 3))  # [heads]
             self.errors[i] += squared.view(kv_heads, group).sum(dim=1)
 

@@ -18,6 +18,7 @@ from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.formats.checkpoint import Checkpoint
 from qoq.formats.sources import TensorSource
 from qoq.recipes.errors import InputError
+from qoq.recipes.schema import KeyRotation
 
 _PASS_BYTES = 2 << 30
 """Hidden states that an evaluation keeps at once; more windows are evaluated in several passes over the blocks."""
@@ -62,6 +63,7 @@ def build_block(
     quantized: Mapping[str, IntegerWeight] | None = None,
     act_bits: int = 16,
     kv_bits: int = 16,
+    key_rotation: KeyRotation = "none",
 ) -> nn.Module:
     """Block `index` with its weights; linears named in `quantized` (relative names) run as they are served."""
     block = skeleton.block(index)
@@ -69,7 +71,7 @@ def build_block(
         block.set_submodule(name, ServedLinear(weight, act_bits))
     expected = block.state_dict().keys()
     fill(block, {name: tensors[name] for name in expected})
-    set_kv_bits(block.get_submodule(skeleton.family.attention), kv_bits)
+    set_kv_bits(block.get_submodule(skeleton.family.attention), kv_bits, key_rotation)
     return block
 
 
@@ -124,7 +126,10 @@ def embed(source: TensorSource, skeleton: Skeleton, windows: Tensor, dtype: torc
 
 
 class StreamedModel:
-    """A model that is evaluated block by block, from 16-bit weights or from a checkpoint."""
+    """A model that is evaluated block by block, from 16-bit weights or from a checkpoint.
+
+    With a quantized KV cache, `key_rotation` is what the checkpoint says (None), or as given.
+    """
 
     def __init__(
         self,
@@ -135,10 +140,14 @@ class StreamedModel:
         checkpoint: Checkpoint | None = None,
         act_bits: int = 16,
         kv_bits: int = 16,
+        key_rotation: KeyRotation | None = None,
         on_block: Callable[[int], None] | None = None,
     ) -> None:
         self._skeleton, self._source, self._device = skeleton, source, device
         self._checkpoint, self._act_bits, self._kv_bits = checkpoint, act_bits, kv_bits
+        if key_rotation is None:
+            key_rotation = "none" if checkpoint is None else checkpoint.quantization.key_rotation
+        self._key_rotation: KeyRotation = key_rotation
         self._on_block = on_block or (lambda _: None)
 
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
@@ -186,5 +195,11 @@ class StreamedModel:
             if name not in own
         }
         return build_block(
-            skeleton, index, tensors, quantized=quantized, act_bits=self._act_bits, kv_bits=self._kv_bits
+            skeleton,
+            index,
+            tensors,
+            quantized=quantized,
+            act_bits=self._act_bits,
+            kv_bits=self._kv_bits,
+            key_rotation=self._key_rotation,
         )

@@ -68,4 +68,5 @@ def _raised(matrix: Tensor) -> Tensor:
 def _root(matrix: Tensor) -> Tensor:
     """The symmetric square root of symmetric positive definite matrices [B, D, D]."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.transpose(1, 2)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.transpose(1, 2)
+    return root

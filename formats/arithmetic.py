@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.recipes.schema import KeyRotation
 
 ACT_QMAX = 127
 KvBits = Literal[4, 8, 16]
@@ -157,3 +158,47 @@ def kv_round_trip(x: Tensor, bits: int) -> Tensor:
     if bits not in (4, 8):
         raise ValueError(f"kv_bits must be 4, 8 or 16, got {bits}")
     return dequantize_kv(quantize_kv(x, 4 if bits == 4 else 8)).to(x.dtype)
+
+
+def rotates(head_dim: int) -> bool:
+    """Whether heads of this size can be rotated: a Hadamard matrix of Sylvester has a power of two for its order."""
+    return head_dim > 0 and head_dim & (head_dim - 1) == 0
+
+
+def rotate_heads(x: Tensor, key_rotation: KeyRotation) -> Tensor:
+    """Queries or keys [..., D] after RoPE as `key_rotation` turns each head, in x's dtype; "none" leaves them alone.
+
+    "hadamard": x times R = H / sqrt(D), H the Hadamard matrix of Sylvester of order D, a power of two. R is orthogonal
+    and its own inverse, so scores of rotated queries and keys are those before; outliers of a key are spread over it.
+    Computed in float32 from the values as they are: sums and differences of values 1 apart, then of the results 2
+    apart, 4, ... D/2, each rounded; then times 1 / sqrt(D), itself rounded to float32; then rounded once to the dtype,
+    from which keys are quantized. A head with a NaN, or whose sums leave float32, becomes NaN or infinite.
+    Raises ValueError for another D or another rotation.
+    """
+    if key_rotation == "none":
+        return x
+    if key_rotation != "hadamard":
+        raise ValueError(f"key_rotation must be none or hadamard, got {key_rotation!r}")
+    head_dim = x.shape[-1]
+    if not rotates(head_dim):
+        raise ValueError(f"heads of {head_dim} values cannot be rotated, their number must be a power of two")
+    y, step = x.float(), 1
+    while step < head_dim:
+        first, second = y.unflatten(-1, (-1, 2, step)).unbind(-2)
+        y = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        step *= 2
+    turned: Tensor = (y * head_dim**-0.5).to(x.dtype)
+    return turned
+
+
+def as_attended(
+    query: Tensor, key: Tensor, value: Tensor, *, kv_bits: int, key_rotation: KeyRotation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [..., D] after RoPE as attention sees them with this cache, each in its dtype.
+
+    Queries and keys are rotated, then keys and values go through the round trip; 16 bits leaves everything alone.
+    """
+    if kv_bits == 16:
+        return query, key, value
+    keys = kv_round_trip(rotate_heads(key, key_rotation), kv_bits)
+    return rotate_heads(query, key_rotation), keys, kv_round_trip(value, kv_bits)

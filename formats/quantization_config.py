@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from qoq.formats.packing import ZeroDomain
 from qoq.recipes.errors import InputError
+from qoq.recipes.schema import KeyRotation
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qoq"
@@ -22,7 +23,8 @@ class QuantizationConfig:
     act_bits, kv_bits       bits the checkpoint is meant to be served with
     zero_domain             what the zeros mean: codes ("pre_scale") or level-1 offsets ("post_scale")
     norms_folded            whether norm gains were folded into the linears that follow (omniserve requires it)
-    key_rotation            "none"; other values need a runtime that knows them
+    key_rotation            how queries and keys are rotated after RoPE (`arithmetic.rotate_heads`); any runtime serves
+                            "none", "hadamard" needs one that rotates
     padded                  true in_features of each linear whose K was padded to a multiple of 128
     modules_to_not_convert  linears left in 16 bit; lm_head always is
     """
@@ -32,7 +34,7 @@ class QuantizationConfig:
     kv_bits: int = 4
     zero_domain: ZeroDomain = "pre_scale"
     norms_folded: bool = False
-    key_rotation: str = "none"
+    key_rotation: KeyRotation = "none"
     padded: Mapping[str, int] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = (KEPT_ALWAYS,)
 
@@ -76,7 +78,7 @@ class QuantizationConfig:
         norms_folded = data.get("norms_folded", False)
         expect("norms_folded", norms_folded, (True, False))
         key_rotation = data.get("key_rotation", "none")
-        expect("key_rotation", key_rotation, ("none",))
+        expect("key_rotation", key_rotation, get_args(KeyRotation))
         padded = data.get("padded", {})
         if not isinstance(padded, dict) or not all(type(v) is int and v > 0 for v in padded.values()):
             raise InputError(f"{where}: padded must map module names to in_features, got {padded!r}")

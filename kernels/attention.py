@@ -43,7 +43,8 @@ def paged_decode_attention(
 ) -> Tensor:
     """softmax(scale * query @ keys) @ values, one row a sequence: [B, H, D] in query's dtype.
 
-    query       float16 or bfloat16 [B, H, D], D of 64 or 128, after RoPE; rows may be strided
+    query       float16 or bfloat16 [B, H, D], D of 64 or 128, after RoPE, and rotated if the cache's keys are
+                (`kv_cache.rotate_heads`); rows may be strided
     kv_pages    uint8 [num_pages, num_kv_heads, page_bytes(D, bits)] (`layouts`), bits 4 or 8; H a multiple of the heads
     page_table  int32 [B, max_pages]: the page of each 64 tokens; a page that does not exist, where it is needed, stops
                 the kernel with an error of the CUDA context

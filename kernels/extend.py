@@ -28,7 +28,8 @@ from qoq.kernels.extend_batch import (
     FlashLoad,
     prepare_extend,
 )
-from qoq.kernels.kv_cache import check_gather, run_gather
+from qoq.kernels.kv_cache import run_gather
+from qoq.kernels.kv_operands import check_gather
 from qoq.kernels.layouts import PAGE_SIZE
 
 
@@ -67,7 +68,8 @@ def run_extend(
 ) -> Tensor:
     """Causal attention of new tokens to the cache that already holds them: [T, H, D] in query's dtype.
 
-    query       float16 or bfloat16 [T, H, D], the new tokens of all sequences one after the other, after RoPE
+    query       float16 or bfloat16 [T, H, D], the new tokens of all sequences one after the other, after RoPE, and
+                rotated if the cache's keys are
     page_table  int32 [B, max_pages];  kv_pages, bits as in `attention.paged_decode_attention`
 
     Only launches: nothing is sent to the device or waited for. Safe in CUDA graphs, after a first call outside; a

@@ -19,6 +19,7 @@ from qoq.kernels.dispatch import WeightFormat, covering_tokens
 from qoq.kernels.kv_verification import CacheCheck, check_cache_kernels, describe_differences
 from qoq.kernels.launch import architecture
 from qoq.kernels.modules import IN_FEATURES_STEP
+from qoq.recipes.schema import KeyRotation
 
 ROWS = (1, 3, 17, 130, 300)
 """Values of M for every linear: no kernel may rely on whole tiles. The first linear of each shape also goes through
@@ -77,11 +78,27 @@ class KernelProof:
         return tuple(sorted({*ROWS, *covering}))
 
     def check_cache(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, bits: int, *, window: int | None
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bits: int,
+        *,
+        key_rotation: KeyRotation,
+        window: int | None,
     ) -> tuple[str, ...]:
         """Problems of the KV cache and of decode attention (see `kv_verification.check_cache_kernels`)."""
         checks = [
-            check_cache_kernels(num_heads, num_kv_heads, head_dim, bits, dtype, window=window, device=self._device)
+            check_cache_kernels(
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                bits,
+                dtype,
+                key_rotation=key_rotation,
+                window=window,
+                device=self._device,
+            )
             for dtype in _OUT_DTYPES
         ]
         self._caches += checks
@@ -97,6 +114,7 @@ class KernelProof:
             "caches": [
                 {
                     "bits": check.bits,
+                    "key_rotation": check.key_rotation,
                     "dtype": check.dtype,
                     "relative_error": check.relative_error,
                     "tolerance": check.tolerance,

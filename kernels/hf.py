@@ -8,7 +8,8 @@ kernels, elsewhere on the reference arithmetic, which gives the same numbers; `s
 
 With kv_bits 4 or 8 the model's attention is "qoq_kv4" or "qoq_kv8": transformers' sdpa attention, which sees every key
 (after RoPE) and value as a cache of that many bits gives it back. transformers' own cache holds the unrounded ones;
-rounding is per token and head, so each step, and the prefill, arrive at the same numbers. Asking `from_pretrained` for
+rounding is per token and head, so each step, and the prefill, arrive at the same numbers. Where the checkpoint has
+key_rotation "hadamard", queries and keys are rotated first ("qoq_kv4_hadamard", ...). Asking `from_pretrained` for
 another attention (`attn_implementation="eager"`, ...) is refused, since it would drop the KV quantization unnoticed.
 To run without it, ask explicitly: `set_kv_bits(model, 16)`, or `model.set_attn_implementation(...)` after loading.
 """
@@ -16,30 +17,31 @@ To run without it, ask explicitly: `set_kv_bits(model, 16)`, or `model.set_attn_
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qoq.formats.arithmetic import kv_round_trip
 from qoq.formats.quantization_config import QUANT_METHOD, QuantizationConfig
-from qoq.kernels.kv_cache import round_trip_fits
-from qoq.kernels.modules import Backend, QoQLinear, is_on_gpu
+from qoq.kernels.hf_attention import (
+    ATTENTION,
+    BASE_ATTENTION,
+    check_attention,
+    choose_attention,
+    register_attention,
+    set_attention_backend,
+)
+from qoq.kernels.modules import Backend, QoQLinear
 from qoq.recipes.errors import EnvironmentProblem, InputError, raise_problems
 from qoq.recipes.families import family_of
+from qoq.recipes.schema import KeyRotation
 
-_BASE_ATTENTION = "sdpa"
-_ATTENTION = {4: "qoq_kv4", 8: "qoq_kv8"}
-_BACKEND = "qoq_backend"
-"""Attribute of an attention module; transformers passes the module, and nothing else of ours, to the function."""
 _LEAVES = ("qweight", "s1_scales", "s2_scales", "s2_zeros", "s1_szeros", "bias", "weight")
 _SAFETENSORS_NAMES = {torch.int8: "I8", torch.float16: "F16"}
 
@@ -90,7 +92,7 @@ class QoQHfQuantizer(HfQuantizer):
                 "tensor parallel loading is not supported: packed tensors cannot be sharded by transformers"
             )
         if config.kv_bits != 16:
-            _check_attention(model, config.kv_bits)
+            check_attention(model, config.kv_bits, config.key_rotation)
         _replace_linears(model, config)
         files = kwargs.get("checkpoint_files")
         self._read_from_files = files is not None
@@ -101,7 +103,7 @@ class QoQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if not self._read_from_files:
             _check_loaded(model)
-        set_kv_bits(model, self._config.kv_bits)
+        set_kv_bits(model, self._config.kv_bits, self._config.key_rotation)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -126,18 +128,20 @@ class QoQHfQuantizer(HfQuantizer):
         return False
 
 
-def set_kv_bits(model: PreTrainedModel, bits: int) -> None:
+def set_kv_bits(model: PreTrainedModel, bits: int, key_rotation: KeyRotation | None = None) -> None:
     """From now on, `model` attends to keys and values as a cache of `bits` (4, 8 or 16) gives them back.
 
+    `key_rotation`: "none", "hadamard", or what the checkpoint says (None); with 16 bits nothing is rotated.
     The checkpoint's config is left as it is. Raises InputError when the model's attention cannot be chosen.
     """
-    if bits != 16 and bits not in _ATTENTION:
+    if bits not in (4, 8, 16):
         raise InputError(f"kv_bits is {bits}, expected 4, 8 or 16")
     if bits != 16:
-        _check_attention(model, bits)
-        _choose_attention(model, _ATTENTION[bits])
-    elif model.config._attn_implementation in _ATTENTION.values():
-        _choose_attention(model, _BASE_ATTENTION)
+        rotation = _rotation_of(model) if key_rotation is None else key_rotation
+        check_attention(model, bits, rotation)
+        choose_attention(model, ATTENTION[bits, rotation])
+    elif model.config._attn_implementation in ATTENTION.values():
+        choose_attention(model, BASE_ATTENTION)
     # Continuous batching would change to flash attention, and drop the KV quantization; now it refuses.
     model._supports_flash_attn = bits == 16 and type(model)._supports_flash_attn
 
@@ -160,24 +164,17 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
     for module in model.modules():
         if isinstance(module, QoQLinear):
             module.backend = backend
-        elif hasattr(module, "head_dim"):
-            setattr(module, _BACKEND, backend)
+        else:
+            set_attention_backend(module, backend)
 
 
-def _choose_attention(model: PreTrainedModel, implementation: str) -> None:
-    model.set_attn_implementation(implementation)
-    if model.config._attn_implementation != implementation:
-        raise InputError(f"{type(model).__name__} does not let its attention be chosen, so kv_bits must be 16")
-
-
-def _check_attention(model: PreTrainedModel, kv_bits: int) -> None:
-    implementation = model.config._attn_implementation
-    if implementation not in (_BASE_ATTENTION, *_ATTENTION.values()) or not model._supports_sdpa:
-        raise InputError(
-            f"attn_implementation is {implementation!r}, but a {kv_bits}-bit KV cache is emulated on sdpa only",
-            remedy="leave attn_implementation out; to go on without KV quantization, load the model first, then call "
-            f"model.set_attn_implementation({implementation!r})",
-        )
+def _rotation_of(model: PreTrainedModel) -> KeyRotation:
+    """The key rotation that the model's checkpoint says; "none" for a model of another kind."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return "none"
+    keys = config if isinstance(config, Mapping) else config.to_dict()
+    return QuantizationConfig.from_dict(keys).key_rotation if keys.get("quant_method") == QUANT_METHOD else "none"
 
 
 def _canonical(model: PreTrainedModel, name: str) -> str:
@@ -301,37 +298,6 @@ def _check_loaded(model: PreTrainedModel) -> None:
     raise_problems("state_dict does not hold the packed tensors", problems)
 
 
-def _attention(bits: Literal[4, 8]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """transformers' sdpa attention over key and value [batch, KV heads, tokens, D] after the round trip."""
-        backend: Backend = getattr(module, _BACKEND, "auto")
-        key, value = _round_trip(key, bits, backend), _round_trip(value, bits, backend)
-        result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS[_BASE_ATTENTION](
-            module, query, key, value, attention_mask, **kwargs
-        )
-        return result
-
-    return attend
-
-
-def _round_trip(x: Tensor, bits: Literal[4, 8], backend: Backend) -> Tensor:
-    """x [..., D] as a cache gives it back; the kernel and PyTorch give the same numbers."""
-    fits = is_on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16) and round_trip_fits(x.shape[-1])
-    if backend == "reference" or not fits or not _kernels_are_usable():
-        return kv_round_trip(x, bits)
-    rounded: Tensor = torch.ops.qoq.kv_round_trip(x.contiguous(), bits)
-    return rounded
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kernels_are_usable() -> bool:
-    from qoq.kernels.ops import usable_device_problem
-
-    return usable_device_problem() is None
-
-
 def _register() -> None:
     """Make transformers know the names; doing it again, after a reload, replaces our own entries."""
     tables: list[tuple[dict[str, Any], type]] = [
@@ -346,9 +312,7 @@ def _register() -> None:
                 remedy="import only one of the two packages",
             )
         table[QUANT_METHOD] = cls
-    for bits in (4, 8):
-        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION[bits], _attention(4 if bits == 4 else 8))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION[bits], ALL_MASK_ATTENTION_FUNCTIONS[_BASE_ATTENTION])
+    register_attention()
 
 
 _register()

@@ -60,8 +60,26 @@ def round_trip_oracle(x: Tensor, bits: int) -> Tensor:
     return dequantize_kv_oracle(quantize_kv_oracle(x, bits), x.dtype)
 
 
+def rotate_oracle(x: Tensor) -> Tensor:
+    """x [..., D] times the Hadamard matrix over sqrt(D), in its dtype; D is a power of two.
+
+    The matrix is [[H, H], [H, -H]] for H of half the order: the halves are transformed, then added and subtracted.
+    """
+
+    def transformed(values: Float64) -> Float64:
+        if values.shape[-1] == 1:
+            return values
+        first, second = map(transformed, np.split(values, 2, axis=-1))
+        return np.concatenate([round_to(first + second, torch.float32), round_to(first - second, torch.float32)], -1)
+
+    with np.errstate(all="ignore"):
+        scale = float(np.float32(1 / np.sqrt(x.shape[-1])))
+        products = round_to(transformed(_float64(x)) * scale, torch.float32)
+        return torch.from_numpy(round_to(products, x.dtype)).to(x.dtype)
+
+
 def rope_oracle(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """x [T, heads, D] rotated by rows `positions` [T] of cos and sin float32 [max_positions, D/2], in its dtype.
+    """RoPE of x [T, heads, D] by rows `positions` [T] of cos and sin float32 [max_positions, D/2], in its dtype.
 
     The tables and each step are rounded to the dtype; a position outside the tables gives NaN.
     """
@@ -81,7 +99,7 @@ def rope_oracle(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tenso
 
 
 def append_oracle(kv_pages: Tensor, key: Tensor, value: Tensor, slots: Tensor, bits: int) -> Tensor:
-    """Pages uint8 after key and value [T, num_kv_heads, D], keys rotated, were written at `slots` [T]."""
+    """Pages uint8 after key and value [T, num_kv_heads, D] were written at `slots` [T], keys as they are stored."""
     head_dim = key.shape[-1]
     parts = unpack_pages(kv_pages, head_dim, bits)
     for kv, x in zip(parts, (key, value), strict=True):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, dequantize_kv, quantize_kv
+from qoq.kernels.kv_oracles import rotate_oracle
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages, page_bytes
+from qoq.recipes.schema import KeyRotation
 
 _LENS = (0, 1, 31, 32, 33, 63, 64, 65, 200, 511)
 """Tokens of the sequences: around the borders of sub-blocks (32) and pages (64), and long enough to be split."""
@@ -26,6 +28,7 @@ class CacheCheck:
     """relative_error of attention, L2, and what was allowed; `problems` is empty when all is well."""
 
     bits: int
+    key_rotation: KeyRotation
     dtype: str
     relative_error: float
     tolerance: float
@@ -39,6 +42,7 @@ def check_cache_kernels(
     bits: int,
     dtype: torch.dtype,
     *,
+    key_rotation: KeyRotation = "none",
     window: int | None,
     device: torch.device,
     seed: int = 0,
@@ -46,7 +50,9 @@ def check_cache_kernels(
     """Append keys and values to shuffled pages, compare the bytes, then attend to ragged lengths.
 
     Keys have outlier channels, some heads are constant. The bytes must equal those of `formats.arithmetic.quantize_kv`
-    in the order of `layouts`; attention must agree with float64 over the same codes within the format's tolerance.
+    in the order of `layouts`, as must keys and values after the round trip without pages; with a key_rotation, keys
+    and queries are first turned, bit for bit as `rotate_oracle` does. Attention must agree with float64 over the same
+    codes within the format's tolerance.
     """
     random = torch.Generator().manual_seed(seed)
     batch, pages_each = len(_LENS), math.ceil(max(_LENS) / PAGE_SIZE)
@@ -56,21 +62,23 @@ def check_cache_kernels(
     key[:, 5], value[:, 6] = 0.25, 0
     key, value = key.to(dtype), value.to(dtype)
     table = torch.randperm(batch * pages_each, generator=random).view(batch, pages_each)
-    keys, values = (quantize_kv(tensor, 4 if bits == 4 else 8) for tensor in (key, value))
-
-    pages = _append(key, value, table, bits, device)
-    expected_pages = _expected_pages(keys, values, table, bits).to(device)
-    what = f"KV{bits} cache, {dtype}"
-    problems = describe_differences(f"{what}: byte", pages, expected_pages, pages == expected_pages)
-
     query = torch.randn(batch, num_heads, head_dim, generator=random).to(dtype)
+    stored, turned = (key, query) if key_rotation == "none" else (rotate_oracle(key), rotate_oracle(query))
+    keys, values = (quantize_kv(tensor, 4 if bits == 4 else 8) for tensor in (stored, value))
+
+    pages = _append(key, value, table, bits, key_rotation, device)
+    expected_pages = _expected_pages(keys, values, table, bits).to(device)
+    what = f"KV{bits} cache, {dtype}" + ("" if key_rotation == "none" else f", key rotation {key_rotation}")
+    problems = describe_differences(f"{what}: byte", pages, expected_pages, pages == expected_pages)
+    problems += _compare_without_pages(what, (key, value, query), (keys, values, turned), bits, key_rotation, device)
+
     lens = torch.tensor(_LENS, dtype=torch.int32)
     scale = 1 / math.sqrt(head_dim)
     window = None if window is None else min(window, _WINDOW)
     got = torch.ops.qoq.paged_decode_attention(
-        query.to(device), pages, table.int().to(device), lens.to(device), scale, bits, window or 0
+        turned.to(device), pages, table.int().to(device), lens.to(device), scale, bits, window or 0
     )
-    expected = _attend(query.double(), dequantize_kv(keys).double(), dequantize_kv(values).double(), scale, window)
+    expected = _attend(turned.double(), dequantize_kv(keys).double(), dequantize_kv(values).double(), scale, window)
     error = float((got.double().cpu() - expected).norm() / expected.norm())
     tolerance = _TOLERANCES[dtype]
     if not error <= tolerance:  # also when it is NaN
@@ -78,7 +86,7 @@ def check_cache_kernels(
         wrong = (got.double().cpu() - expected).abs()
         place = tuple(int(i) for i in torch.unravel_index(wrong.nan_to_num(torch.inf).argmax(), wrong.shape))
         problems.append(f"{what}: output {place} is {got[place].item()}, expected {expected[place].item()}")
-    return CacheCheck(bits, str(dtype).removeprefix("torch."), error, tolerance, tuple(problems))
+    return CacheCheck(bits, key_rotation, str(dtype).removeprefix("torch."), error, tolerance, tuple(problems))
 
 
 def describe_differences(what: str, got: Tensor, expected: Tensor, equal: Tensor) -> list[str]:
@@ -93,7 +101,32 @@ def describe_differences(what: str, got: Tensor, expected: Tensor, equal: Tensor
     return lines
 
 
-def _append(key: Tensor, value: Tensor, table: Tensor, bits: int, device: torch.device) -> Tensor:
+def _compare_without_pages(
+    what: str,
+    given: tuple[Tensor, Tensor, Tensor],
+    expected: tuple[QuantizedKV, QuantizedKV, Tensor],
+    bits: int,
+    key_rotation: KeyRotation,
+    device: torch.device,
+) -> list[str]:
+    """Problems of `kv_round_trip` of keys and values, and of `rotate_heads` of queries, where they are rotated."""
+    key, value, query = (tensor.to(device) for tensor in given)
+    keys, values, turned = expected
+    results = {
+        "key": (torch.ops.qoq.kv_round_trip(key, bits, key_rotation), dequantize_kv(keys).to(key.dtype)),
+        "value": (torch.ops.qoq.kv_round_trip(value, bits, "none"), dequantize_kv(values).to(value.dtype)),
+    }
+    if key_rotation != "none":
+        results["query"] = (torch.ops.qoq.rotate_heads(query), turned)
+    problems = []
+    for name, (got, wanted) in results.items():
+        problems += describe_differences(f"{what}: {name}", got, wanted, got == wanted.to(device))
+    return problems
+
+
+def _append(
+    key: Tensor, value: Tensor, table: Tensor, bits: int, key_rotation: KeyRotation, device: torch.device
+) -> Tensor:
     """Pages [batch * pages, KV heads, page bytes], poisoned and then written by the kernel in one shuffled call."""
     batch, tokens, num_kv_heads, head_dim = key.shape
     positions = torch.arange(tokens)
@@ -102,7 +135,7 @@ def _append(key: Tensor, value: Tensor, table: Tensor, bits: int, device: torch.
     rows = [tensor.reshape(-1, num_kv_heads, head_dim)[order].to(device) for tensor in (key, value)]
     size = (table.numel(), num_kv_heads, page_bytes(head_dim, bits))
     pages = torch.full(size, 0x7F, dtype=torch.uint8, device=device)
-    torch.ops.qoq.append_kv(*rows, pages, slots[order].to(device), bits)
+    torch.ops.qoq.append_kv(*rows, pages, slots[order].to(device), bits, key_rotation)
     return pages
 
 

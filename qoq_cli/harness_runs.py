@@ -37,6 +37,7 @@ class Candidate:
     weights: int
     act_bits: int
     kv_bits: int
+    key_rotation: str
     backend: Backend
     positions: int
     is_baseline: bool = False

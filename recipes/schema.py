@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 GROUP_SIZE = 128
 """The only level-2 group size; the packed kernels read no other."""
 
+KeyRotation = Literal["none", "hadamard"]
+"""What queries and keys are multiplied by after RoPE, head by head, before keys are quantized."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,6 +87,8 @@ class Recipe(_Frozen):
     `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
     applied. `rotation`: norm gains are folded into the linears that follow, and hidden states and values rotated.
     `reorder`: inputs of down_proj are sorted by their absmax, so that those of a group are alike.
+    `key_rotation`: "hadamard" rotates queries and keys after RoPE, while the model runs, so that a quantized key cache
+    loses less to outlier channels. Only a runtime that rotates (qoq's own) can serve such a checkpoint; any can "none".
     `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the least
     error.
     """
@@ -103,6 +108,7 @@ class Recipe(_Frozen):
     align_keys: Literal["mean"] | None = None
     balance_values: Literal["covariance"] | None = None
     smooth_attention: SmoothAttention | None = None
+    key_rotation: KeyRotation = "none"
     calibration: Calibration = Calibration()
     include: tuple[str, ...] = Field((), description="regular expressions: only linears that match one are quantized")
     ignore: tuple[str, ...] = Field((), description="regular expressions: linears that match one stay in 16 bit")

@@ -210,7 +210,11 @@ class _Model:
     def __init__(self, candidate: Candidate, make: Callable[[Callable[[float], None]], Forward], blocks: int):
         self.candidate, self.make, self.blocks = candidate, make, blocks
         self.label, self.path, self.positions = candidate.label, candidate.path, candidate.positions
-        self.facts = {"scheme": candidate.scheme, "backend": candidate.backend}
+        self.facts = {
+            "scheme": candidate.scheme,
+            "key_rotation": candidate.key_rotation,
+            "backend": candidate.backend,
+        }
         self.has_quantized = candidate.weights == 4
 
 
@@ -254,12 +258,12 @@ class _Evaluation:
             kv_bits = self._kv_bits or config.kv_bits
             # Only quantized linears take 8-bit activations, so without any there are none.
             act_bits = (self._act_bits or config.act_bits) if served.quantized else 16
-            weights = 4 if served.quantized else 16
+            weights, key_rotation = 4 if served.quantized else 16, config.key_rotation
         else:
             self.all_embedded &= location.kind == EMBEDDED
             skeleton, source = open_model(location.path, trust_remote_code=self._trust)
             kv_bits = 16 if is_baseline else self._kv_bits or 16
-            checkpoint, act_bits, weights = None, 16, 16
+            checkpoint, act_bits, weights, key_rotation = None, 16, 16, "none"
 
         backend: Backend = (
             KERNELS if self.backend == KERNELS and checkpoint is not None and act_bits == 8 else REFERENCE
@@ -289,6 +293,7 @@ class _Evaluation:
             weights=weights,
             act_bits=act_bits,
             kv_bits=kv_bits,
+            key_rotation="none" if kv_bits == 16 else key_rotation,
             backend=backend,
             positions=int(getattr(skeleton.config, "max_position_embeddings", _DEFAULT_LENGTH)),
             is_baseline=is_baseline,

@@ -58,8 +58,8 @@ def verify(
 
     On a GPU (see --backend), every linear also goes through the CUDA kernels, with 1 to 300 tokens, and the first of
     each shape through every kernel that could serve it: integer sums must equal the oracle's bit for bit, outputs must
-    be rounded once. The activation quantizer and the bytes of the KV cache must be equal too, and attention over the
-    cache within a stated tolerance.
+    be rounded once. The activation quantizer and the bytes of the KV cache (its keys rotated, if they are when served)
+    must be equal too, and attention over the cache within a stated tolerance.
 
     Examples: `qoq verify checkpoints/tiny-w4a8kv4-g128 --against tiny`; `qoq verify CKPT --backend kernels`.
     """
@@ -106,7 +106,9 @@ def _check(terminal: Terminal, folder: Path, trust_remote_code: bool, gpu: str |
     except InputError as error:
         report["problems"].append(error.message)
         return report
-    report["progressive"] = served.checkpoint.quantization.group_size is not None
+    config = served.checkpoint.quantization
+    report["progressive"] = config.group_size is not None
+    report["kv_bits"], report["key_rotation"] = config.kv_bits, config.key_rotation
     if gpu is None:
         _check_linears(terminal, served, report, None)
     else:
@@ -146,11 +148,16 @@ def _check_linears(terminal: Terminal, served: ServedModel, report: dict[str, An
 
 
 def _check_attention(served: ServedModel, report: dict[str, Any], proof: KernelProof) -> None:
-    """The kernels' KV cache, in the sizes and bits of this model."""
-    skeleton, bits = served.skeleton, served.checkpoint.quantization.kv_bits
-    if bits != 16:
+    """The kernels' KV cache, in the sizes, bits and key rotation of this model."""
+    skeleton, config = served.skeleton, served.checkpoint.quantization
+    if config.kv_bits != 16:
         report["problems"] += proof.check_cache(
-            skeleton.num_heads, skeleton.num_kv_heads, skeleton.head_dim, bits, window=skeleton.sliding_window(0)
+            skeleton.num_heads,
+            skeleton.num_kv_heads,
+            skeleton.head_dim,
+            config.kv_bits,
+            key_rotation=config.key_rotation,
+            window=skeleton.sliding_window(0),
         )
 
 
@@ -255,6 +262,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
         margin = min((check["margin"] for check in report["linears"].values()), default=None)
         room = "" if margin is None or not report["progressive"] else f", smallest margin to int8 {margin}"
         found = f"{report['files']} files and {len(report['linears'])} quantized linears are right{room}"
+        found += f"; KV cache of {report['kv_bits']} bit, key rotation {report['key_rotation']}"
         print_text(console, f"{report['checkpoint']}: {found}", label="ok", label_style="bold green")
 
 
@@ -265,8 +273,9 @@ def _render_kernels(console: Console, kernels: dict[str, Any]) -> None:
         f"{', '.join(map(str, kernels['rows']))}: all {kernels['compared']:,} values agree with the oracle",
     )
     for cache in kernels["caches"]:
+        rotation = "" if cache["key_rotation"] == "none" else f", key rotation {cache['key_rotation']}"
         print_text(
             console,
-            f"KV{cache['bits']} cache, {cache['dtype']}: bytes equal; attention differs from float64 by "
+            f"KV{cache['bits']} cache, {cache['dtype']}{rotation}: bytes equal; attention differs from float64 by "
             f"{cache['relative_error']:.1e} (at most {cache['tolerance']:.0e} is allowed)",
         )

@@ -175,17 +175,29 @@ def kv_cached(x: Array, bits: int) -> Array:
     return out
 
 
+def turned(x: Array, key_rotation: str) -> Array:
+    """Every head of x [..., D] times Sylvester's Hadamard matrix over sqrt(D), or as it is."""
+    if key_rotation == "none":
+        return x
+    matrix = np.ones((1, 1))
+    while len(matrix) < x.shape[-1]:
+        matrix = np.kron(np.array([[1, 1], [1, -1]]), matrix)
+    return np.asarray(x @ matrix / math.sqrt(len(matrix)))
+
+
 @dataclass
 class Reference:
     """A whole decoder in numpy float64, one window at a time, every loop written out.
 
-    `kv_bits` applies to each block; linears named in `served` (full name: float weight, bias) get int8 activations.
+    `kv_bits` and `key_rotation` apply to each block; linears named in `served` (full name: float weight, bias) get
+    int8 activations.
     `inputs` collects what enters each block, `outputs` what leaves it, `keys` and `queries` those after RoPE.
     """
 
     config: PretrainedConfig
     tensors: dict[str, Array]
     kv_bits: int = 16
+    key_rotation: str = "none"
     served: dict[str, tuple[Array, Array | None]] = field(default_factory=dict)
     keys: dict[int, Array] = field(default_factory=dict)
     queries: dict[int, Array] = field(default_factory=dict)
@@ -249,9 +261,8 @@ class Reference:
                 of_heads = [self.rotate(head) for head in of_heads]
             split[part] = np.stack(of_heads)
         self.queries[index], self.keys[index] = split["q"], split["k"]
-        attended = self.attend(
-            split["q"], kv_cached(split["k"], self.kv_bits), kv_cached(split["v"], self.kv_bits), index
-        )
+        query, key = turned(split["q"], self.key_rotation), turned(split["k"], self.key_rotation)
+        attended = self.attend(query, kv_cached(key, self.kv_bits), kv_cached(split["v"], self.kv_bits), index)
         x = x + self.linear(f"{prefix}self_attn.o_proj", attended.reshape(tokens, heads * size))
         normed = self.norm(prefix + "post_attention_layernorm", x)
         gate = self.linear(f"{prefix}mlp.gate_proj", normed)
@@ -359,6 +370,12 @@ def oracle() -> Callable[..., Rounded]:
 @pytest.fixture(scope="session")
 def reference() -> type[Reference]:
     return Reference
+
+
+@pytest.fixture(scope="session")
+def in_rotated_heads() -> Callable[[Array, str], Array]:
+    """in_rotated_heads(x [..., D], key_rotation)"""
+    return turned
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,8 @@ def served_decoder(case: Quantized, reference: Any) -> Any:
         bias = None if decoded.bias is None else decoded.bias.double().numpy()
         served[name] = (decoded.dequantize().double().numpy(), bias)
     assert config.act_bits == 8
-    return reference(case.model.config, tensors, kv_bits=config.kv_bits, served=served)
+    cache = {"kv_bits": config.kv_bits, "key_rotation": config.key_rotation}
+    return reference(case.model.config, tensors, **cache, served=served)
 
 
 def embedded(case: Quantized, dtype: torch.dtype = torch.float16) -> list[Any]:
@@ -192,6 +193,7 @@ def embedded(case: Quantized, dtype: torch.dtype = torch.float16) -> list[Any]:
 
 CASES = {
     "llama": ("llama", WIDE, {}),
+    "llama-rotated-keys": ("llama", GROUPED, {"key_rotation": "hadamard"}),
     "llama-grouped-per-channel": ("llama", GROUPED, {"group_size": None}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, {}),
@@ -260,10 +262,11 @@ def served_roles() -> tuple[str, ...]:
     return (*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def test_later_blocks_see_what_the_quantized_ones_give(quantize: Quantize, reference: Any) -> None:
+@pytest.mark.parametrize("key_rotation", ["none", "hadamard"])
+def test_later_blocks_see_what_the_quantized_ones_give(key_rotation: str, quantize: Quantize, reference: Any) -> None:
     """Lambda of block 1 is that of the served block 0's output, and not of the float block 0's."""
     fixed = SmoothAttention(mode="fixed", alpha=1.0, beta=0.0)
-    case = quantize("llama", recipe=recipe_of(smooth_attention=fixed))
+    case = quantize("llama", recipe=recipe_of(smooth_attention=fixed, key_rotation=key_rotation))
     served = served_decoder(case, reference)
     exact = reference(case.model.config, in_float64(case.model.tensors))
     name = "model.layers.1.self_attn.q_proj"
@@ -435,7 +438,7 @@ def streamed(opened: ServedModel, **changes: Any) -> StreamedModel:
 # ---- serving it again
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-per-channel", "mistral", "qwen3", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-rotated-keys", "qwen2-per-channel", "mistral", "qwen3", "llama-tied"])
 def test_a_checkpoint_is_served_as_it_is_stored(name: str, quantize: Quantize, tokens: Tokens, reference: Any) -> None:
     family, config, changes = CASES[name]
     case = quantize(family, recipe=recipe_of(**changes), **config)

@@ -277,8 +277,13 @@ def test_injected_outliers_cancel_where_alpha_and_beta_add_to_one(
 # ---- the search
 
 
-@pytest.mark.parametrize(("family", "kv_bits"), [*((f, 4) for f in FAMILIES), ("llama", 8)])
-def test_errors_are_those_of_the_reference(family: str, kv_bits: int, setting: Callable[..., Setting]) -> None:
+@pytest.mark.parametrize(
+    ("family", "kv_bits", "key_rotation"),
+    [*((f, 4, "none") for f in FAMILIES), ("llama", 8, "none"), ("llama", 4, "hadamard"), ("qwen3", 4, "hadamard")],
+)
+def test_errors_are_those_of_the_reference(
+    family: str, kv_bits: int, key_rotation: Any, setting: Callable[..., Setting], in_rotated_heads: Any
+) -> None:
     config = {**GROUPED, "sliding_window": 7} if family == "mistral" else GROUPED
     case = setting(family, **config)
     factors = torch.ones(2, 64)
@@ -286,7 +291,7 @@ def test_errors_are_those_of_the_reference(family: str, kv_bits: int, setting: C
     case.tensors = inject(case, factors)
     spec = SmoothAttention(alphas=(0.0, 0.5, 1.0))
     candidates = candidate_scales(case.ranges(), spec)
-    search = StrengthSearch(candidates, kv_bits, 10_000)
+    search = StrengthSearch(candidates, kv_bits, 10_000, key_rotation)
     case.watch(search)
     assert not search.is_done
 
@@ -308,8 +313,9 @@ def test_errors_are_those_of_the_reference(family: str, kv_bits: int, setting: C
         exact = attend(query, key, values["v"], 0)
         for i in range(3):
             factor = candidates[i].double().numpy()[:, None, :]
-            rounded = kv_cached_heads(key / factor, kv_bits)
-            moved = attend(query * np.repeat(factor, 2, axis=0), rounded, values["v"], 0)
+            rounded = kv_cached_heads(in_rotated_heads(key / factor, key_rotation), kv_bits)
+            queries = in_rotated_heads(query * np.repeat(factor, 2, axis=0), key_rotation)
+            moved = attend(queries, rounded, values["v"], 0)
             for head in range(4):
                 want[i, head // 2] += ((moved - exact)[:, head] ** 2).sum()
     np.testing.assert_allclose(search.errors.numpy(), want, rtol=2e-2)

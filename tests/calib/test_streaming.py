@@ -219,20 +219,28 @@ def test_logits_that_are_not_read_to_the_end_leave_no_trace(make_model: MakeMode
 # ---- quantized
 
 
-@pytest.mark.parametrize("kv_bits", [4, 8])
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("kv_bits", "key_rotation"), [(4, "none"), (8, "none"), (4, "hadamard")])
+@pytest.mark.parametrize("name", [*QUANTIZED, "llama-head-128"])
 def test_the_quantized_cache_equals_the_reference(
-    name: str, kv_bits: int, make_model: MakeModel, tokens: Tokens, reference: Any
+    name: str, kv_bits: int, key_rotation: Any, make_model: MakeModel, tokens: Tokens, reference: Any
 ) -> None:
     family, overrides = VARIANTS[name]
     model = make_model(family, **overrides)
     windows = tokens(1, 21)
     exact = logits_of(model, windows)
-    got = logits_of(model, windows, kv_bits=kv_bits)
-    want = reference(model.config, in_float64(model), kv_bits=kv_bits).logits(windows)
+    cache = {"kv_bits": kv_bits, "key_rotation": key_rotation}
+    got = logits_of(model, windows, **cache)
+    want = reference(model.config, in_float64(model), **cache).logits(windows)
     effect = relative(got, exact)
     assert effect > (1e-2 if kv_bits == 4 else 1e-3)
     assert relative(got, want) < 0.05 * effect
+    if key_rotation != "none":  # not the same codes as without
+        assert relative(got, logits_of(model, windows, kv_bits=kv_bits)) > 0.2 * effect
+
+
+def test_a_cache_of_16_bits_rotates_nothing(make_model: MakeModel, tokens: Tokens) -> None:
+    model, windows = make_model("llama"), tokens(1, 21)
+    assert torch.equal(logits_of(model, windows, key_rotation="hadamard"), logits_of(model, windows))
 
 
 @pytest.mark.parametrize("group_size", [128, None], ids=["g128", "per-channel"])

@@ -23,6 +23,7 @@ CONFIGS = st.builds(
     kv_bits=st.sampled_from((4, 8, 16)),
     zero_domain=st.sampled_from(("pre_scale", "post_scale")),
     norms_folded=st.booleans(),
+    key_rotation=st.sampled_from(("none", "hadamard")),
     padded=st.dictionaries(TEXT, st.integers(1, 2**40), max_size=3),
     modules_to_not_convert=st.lists(TEXT, max_size=3).map(tuple),
 )
@@ -31,9 +32,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
-LIKELY = st.sampled_from(
-    ("qoq", 1, 4, 8, 16, 128, -1, 128.0, True, False, "pre_scale", "post_scale", "none", [], {}, ["lm_head"], {"a": 72})
-)
+WORDS = ("qoq", "pre_scale", "post_scale", "none", "hadamard")
+LIKELY = st.sampled_from((*WORDS, 1, 4, 8, 16, 128, -1, 128.0, True, False, [], {}, ["lm_head"], {"a": 72}))
 
 
 @settings(deadline=None, max_examples=50)
@@ -76,8 +76,9 @@ def test_sglang_finds_its_three_keys() -> None:
         ("norms_folded", 1, "True, False"),
         ("norms_folded", 0, "True, False"),
         ("norms_folded", "yes", "True, False"),
-        ("key_rotation", "hadamard", "'none'"),
-        ("key_rotation", None, "'none'"),
+        ("key_rotation", "random", "'none', 'hadamard'"),
+        ("key_rotation", True, "'none', 'hadamard'"),
+        ("key_rotation", None, "'none', 'hadamard'"),
     ],
 )
 def test_each_key_is_refused_by_name(key: str, value: object, understood: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,14 @@ class Operators:
         codes = self._finish("quantize_activation", pad(act.codes, (0, -x.shape[1] % 128)))
         return codes, act.scales, act.sums
 
-    def kv_round_trip(self, x: Tensor, bits: int) -> Tensor:
+    def kv_round_trip(self, x: Tensor, bits: int, key_rotation: Any = "none") -> Tensor:
         assert x.is_contiguous()
-        return self._finish("kv_round_trip", arithmetic.kv_round_trip(x, bits))
+        turned = arithmetic.rotate_heads(x, key_rotation)
+        return self._finish("kv_round_trip", arithmetic.kv_round_trip(turned, bits))
+
+    def rotate_heads(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous()
+        return self._finish("rotate_heads", arithmetic.rotate_heads(x, "hadamard"))
 
     def w4a8_gemm_int32(
         self, act_codes: Tensor, act_sums: Tensor, qweight: Tensor, s2_scales: Tensor | None, s2_zeros: Tensor | None
@@ -75,6 +81,6 @@ def cpu_operators() -> Iterator[Operators]:
 
     operators = Operators()
     with torch.library._scoped_library("qoq", "IMPL") as library:
-        for name in ("quantize_activation", "w4a8_gemm", "w4a8_gemm_int32", "kv_round_trip"):
+        for name in ("quantize_activation", "w4a8_gemm", "w4a8_gemm_int32", "kv_round_trip", "rotate_heads"):
             library.impl(name, getattr(operators, name), "CPU")
         yield operators

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from qoq.formats.arithmetic import kv_round_trip, quantize_kv
-from qoq.kernels import kv_cache
+from qoq.formats.arithmetic import kv_round_trip, quantize_kv, rotate_heads
+from qoq.kernels import kv_cache, kv_operands
 from qoq.kernels.compiler import compile_all, nvrtc_version
 from qoq.kernels.kv_oracles import (
     append_oracle,
     gather_oracle,
     quantize_kv_oracle,
     rope_oracle,
+    rotate_oracle,
     round_trip_oracle,
 )
 from qoq.kernels.layouts import page_bytes
@@ -26,6 +27,8 @@ from qoq.recipes.errors import EnvironmentProblem
 
 DTYPES = (torch.float16, torch.bfloat16)
 SHAPES = [(64, 4), (64, 8), (128, 4), (128, 8)]
+ROTATED = (64, 128, 256)
+"""Sizes of heads that kernels rotate."""
 
 
 def heads_of_all_kinds(head_dim: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -83,8 +86,20 @@ def test_the_oracle_is_the_definition(dtype: torch.dtype, bits: Any) -> None:
     assert int(finite.sum()) == len(x) - (4 if dtype == torch.bfloat16 else 3)
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotation_is_that_of_transformers(dtype: torch.dtype) -> None:
+def test_the_oracle_rotates_as_the_definition(dtype: torch.dtype, head_dim: int) -> None:
+    """Bit for bit, for heads of all kinds: too large for the dtype, not finite, and with sums that float32 rounds."""
+    x = heads_of_all_kinds(head_dim, dtype)
+    found, expected = rotate_oracle(x), rotate_heads(x, "hadamard")
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    assert same(found, expected)
+    assert torch.equal(found.signbit() & (found == 0), expected.signbit() & (expected == 0))
+    assert same(rotate_oracle(x.view(20, 20, head_dim)).view_as(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_is_that_of_transformers(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     x = (torch.randn(50, 3, 64, generator=generator) * 30).to(dtype)
     cos, sin = tables(1000, 64)
@@ -169,7 +184,7 @@ def test_every_kernel_compiles_without_spilling() -> None:
     except EnvironmentProblem as error:
         pytest.skip(str(error))
     specs = kv_cache.specs("sm_80")
-    assert len(set(specs)) == len(specs) == 36
+    assert len(set(specs)) == len(specs) == 70
     for (spec, _), cubin in compile_all([(spec, "sm_80") for spec in specs]).items():
         assert cubin.resources.spill_bytes == cubin.resources.stack_bytes == 0, spec.label
         assert cubin.resources.registers <= 64, spec.label
@@ -181,7 +196,10 @@ def test_every_head_has_its_lanes() -> None:
     }
     assert lanes == {8: 8, 64: 8, 72: 16, 128: 16, 136: 32, 256: 32}
     asked = {kv_cache.round_trip_spec(d, b, dtype) for d in range(8, 257, 8) for b in (4, 8) for dtype in DTYPES}
-    assert asked <= set(kv_cache.specs("sm_90"))
+    rotated = {kv_cache.round_trip_spec(d, b, dtype, "hadamard") for d in ROTATED for b in (4, 8) for dtype in DTYPES}
+    rotated |= {kv_cache.rotate_spec(d, dtype) for d in ROTATED for dtype in DTYPES}
+    assert asked | rotated <= set(kv_cache.specs("sm_90"))
+    assert [d for d in range(300) if kv_operands.rotation_fits(d)] == list(ROTATED)
 
 
 # ---- operands
@@ -201,12 +219,13 @@ def operands() -> dict[str, Any]:
         "kv_pages": torch.zeros(2, KVH, page_bytes(D, 4), dtype=torch.uint8),
         "slots": torch.arange(T),
         "bits": 4,
+        "key_rotation": "hadamard",
     }
 
 
 def check(given: dict[str, Any]) -> None:
-    kv_cache.check_append(*(given[name] for name in ("key", "value", "kv_pages", "slots", "bits")))
-    kv_cache._check_rope(*(given[name] for name in ("query", "key", "cos", "sin", "positions")))
+    kv_operands.check_append(*(given[name] for name in ("key", "value", "kv_pages", "slots", "bits", "key_rotation")))
+    kv_operands.check_rope(*(given[name] for name in ("query", "key", "cos", "sin", "positions")))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +235,7 @@ def check(given: dict[str, Any]) -> None:
         ({"key": torch.zeros(T, KVH * D).half()}, r"key: expected .* \[T, heads, D\], got torch.float16 \[3, 128\]"),
         ({"key": torch.zeros(T, KVH, 80).half()}, "head_dim is 80, a paged cache needs 64 or 128"),
         ({"bits": 16}, "bits is 16, a paged cache has 4 or 8"),
+        ({"key_rotation": "random"}, "key_rotation is 'random', expected 'none' or 'hadamard'"),
         ({"value": torch.zeros(T, KVH, D).bfloat16()}, r"value: expected torch.float16 \[3, 2, 64\], got torch.bf"),
         ({"value": torch.zeros(T, 1, D).half()}, r"value: expected torch.float16 \[3, 2, 64\], got .* \[3, 1, 64\]"),
         ({"value": torch.zeros(T, KVH, D, device="meta").half()}, "value: expected it on cpu, got meta"),
@@ -248,16 +268,16 @@ def test_parts_of_a_fused_buffer_are_taken() -> None:
     query, key, value = qkv.split([H, KVH, KVH], dim=1)
     check(operands() | {"query": query, "key": key, "value": value})
     single = qkv[:1].as_strided((1, KVH, D), (7, D, 1), 0)  # the stride of a single token means nothing
-    kv_cache.check_append(single, single, operands()["kv_pages"], torch.arange(1), 4)
+    kv_operands.check_append(single, single, operands()["kv_pages"], torch.arange(1), 4)
 
 
 def test_calls_that_are_too_large_are_refused() -> None:
     many = torch.zeros(1, 1, 64).half().expand(2**30, 1, 64)
     slots = torch.zeros(1, dtype=torch.int64).expand(2**30)
     with pytest.raises(ValueError, match="slots: expected contiguous"):
-        kv_cache.check_append(many, many, torch.zeros(1, 1, 4608).byte(), slots, 4)
+        kv_operands.check_append(many, many, torch.zeros(1, 1, 4608).byte(), slots, 4)
     with pytest.raises(ValueError, match=r"num_pages is 4294967296, .* split the call"):
-        kv_cache._check_count("num_pages", 2**32)
+        kv_operands._check_count("num_pages", 2**32)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +293,28 @@ def test_calls_that_are_too_large_are_refused() -> None:
 )
 def test_round_trips_that_do_not_fit_are_refused(x: Tensor, bits: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        kv_cache.check_round_trip(x, bits)
+        kv_operands.check_round_trip(x, bits)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 64), "x: expected torch.float16 or torch.bfloat16"),
+        (torch.zeros(2, 96).half(), r"x: D is 96, but heads are rotated with D of \(64, 128, 256\)"),
+        (torch.zeros(2, 32).half(), "x: D is 32, but heads are rotated with D of"),
+        (torch.zeros(64, 64).half().t(), "x: expected contiguous memory"),
+    ],
+)
+def test_rotations_that_do_not_fit_are_refused(x: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kv_operands.check_rotate(x)
+    with pytest.raises(ValueError, match=message):
+        kv_operands.check_round_trip(x, 4, "hadamard")
+
+
+def test_another_rotation_is_refused() -> None:
+    with pytest.raises(ValueError, match="key_rotation is 'random', expected 'none' or 'hadamard'"):
+        kv_operands.check_round_trip(torch.zeros(2, 64).half(), 4, "random")
 
 
 @pytest.mark.parametrize(
@@ -294,9 +335,9 @@ def test_pages_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
         "bits": 4,
         "dtype": torch.float16,
     }
-    kv_cache.check_gather(**given)
+    kv_operands.check_gather(**given)
     with pytest.raises(ValueError, match=message):
-        kv_cache.check_gather(**(given | changed))
+        kv_operands.check_gather(**(given | changed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -309,11 +350,14 @@ def test_fake_tensors_have_the_shapes_of_results(dtype: torch.dtype, tokens: int
     query, key, value = qkv.view(tokens, 10, D).split([H, KVH, KVH], dim=1)
     pages, slots = empty(7, KVH, page_bytes(D, 4), kind=torch.uint8), empty(tokens, kind=torch.int64)
     positions, table = empty(tokens, kind=torch.int32), empty(9, D // 2, kind=torch.float32)
-    assert torch.ops.qoq.append_kv(key, value, pages, slots, 4) is None
-    results = torch.ops.qoq.rope_append_kv(query, key, value, table, table, positions, pages, slots, 4)
-    for found, given in zip(results, (query, key, value), strict=True):
-        assert (found.dtype, found.shape, found.is_contiguous()) == (dtype, given.shape, True)
-    assert torch.ops.qoq.kv_round_trip(key.contiguous(), 4).shape == key.shape
+    for rotation in ((), ("hadamard",)):
+        assert torch.ops.qoq.append_kv(key, value, pages, slots, 4, *rotation) is None
+        results = torch.ops.qoq.rope_append_kv(query, key, value, table, table, positions, pages, slots, 4, *rotation)
+        for found, given in zip(results, (query, key, value), strict=True):
+            assert (found.dtype, found.shape, found.is_contiguous()) == (dtype, given.shape, True)
+        assert torch.ops.qoq.kv_round_trip(key.contiguous(), 4, *rotation).shape == key.shape
+    rotated = torch.ops.qoq.rotate_heads(query.contiguous())
+    assert (rotated.dtype, rotated.shape) == (dtype, query.shape)
     ids = empty(tokens, kind=torch.int32)
     for found in torch.ops.qoq.gather_kv(pages, ids, D, 4, dtype):
         assert (found.dtype, tuple(found.shape)) == (dtype, (64 * tokens, KVH, D))

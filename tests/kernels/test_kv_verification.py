@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qoq.formats.arithmetic import QuantizedKV, dequantize_kv, quantize_kv
+from qoq.formats.arithmetic import QuantizedKV, dequantize_kv, kv_round_trip, quantize_kv, rotate_heads
 from qoq.kernels import kv_verification
 from qoq.kernels.kv_verification import check_cache_kernels
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages, unpack_pages
@@ -16,7 +16,7 @@ from qoq.kernels.layouts import PAGE_SIZE, pack_pages, unpack_pages
 CPU = torch.device("cpu")
 
 
-def append_kv(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, bits: int) -> None:
+def append_kv(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, bits: int, key_rotation: Any) -> None:
     """Every slot of the pool is written, as the check does."""
 
     def pool(x: Tensor) -> QuantizedKV:
@@ -25,7 +25,15 @@ def append_kv(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, bits: in
         return QuantizedKV(*(part.contiguous() for part in parts))
 
     assert slots.sort().values.tolist() == list(range(pages.shape[0] * PAGE_SIZE))
-    pages.copy_(pack_pages(pool(key), pool(value), bits))
+    pages.copy_(pack_pages(pool(rotate_heads(key, key_rotation)), pool(value), bits))
+
+
+def round_trip(x: Tensor, bits: int, key_rotation: Any) -> Tensor:
+    return kv_round_trip(rotate_heads(x, key_rotation), bits)
+
+
+def rotate(x: Tensor) -> Tensor:
+    return rotate_heads(x, "hadamard")
 
 
 def paged_decode_attention(
@@ -48,20 +56,60 @@ def paged_decode_attention(
 def _operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.qoq, "append_kv", append_kv, raising=False)
     monkeypatch.setattr(torch.ops.qoq, "paged_decode_attention", paged_decode_attention, raising=False)
+    monkeypatch.setattr(torch.ops.qoq, "kv_round_trip", round_trip, raising=False)
+    monkeypatch.setattr(torch.ops.qoq, "rotate_heads", rotate, raising=False)
 
 
+@pytest.mark.parametrize("key_rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "window"), [(6, 2, 64, None), (4, 4, 128, 33), (3, 1, 64, 4096)]
 )
 def test_right_kernels_pass(
-    heads: int, kv_heads: int, head_dim: int, window: int | None, bits: int, dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, window: int | None, bits: int, dtype: torch.dtype, key_rotation: Any
 ) -> None:
-    check = check_cache_kernels(heads, kv_heads, head_dim, bits, dtype, window=window, device=CPU)
+    check = check_cache_kernels(
+        heads, kv_heads, head_dim, bits, dtype, key_rotation=key_rotation, window=window, device=CPU
+    )
     assert check.problems == ()
     assert 0 < check.relative_error <= check.tolerance
-    assert (check.bits, check.dtype) == (bits, str(dtype).removeprefix("torch."))
+    found = (check.bits, check.key_rotation, check.dtype)
+    assert found == (bits, key_rotation, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("key_rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("operator", ["append_kv", "kv_round_trip"])
+def test_keys_rotated_otherwise_than_asked_for_are_told(
+    operator: str, key_rotation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {"append_kv": append_kv, "kv_round_trip": round_trip}[operator]
+
+    def otherwise(*args: Any) -> Any:
+        return right(*args[:-1], "hadamard" if args[-1] == "none" else "none")  # type: ignore[operator]
+
+    monkeypatch.setattr(torch.ops.qoq, operator, otherwise)
+    check = check_cache_kernels(
+        4,
+        2,
+        64,
+        4,
+        torch.float16,
+        key_rotation=key_rotation,
+        window=None,
+        device=CPU,  # type: ignore[arg-type]
+    )
+    what = "KV4 cache, torch.float16" + (", key rotation hadamard" if key_rotation == "hadamard" else "")
+    assert check.problems[0].startswith(f"{what}: {'byte' if operator == 'append_kv' else 'key'} [")
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x, lambda x: rotate(x).nextafter(torch.full_like(x, 9))])
+def test_queries_rotated_wrongly_are_told(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.qoq, "rotate_heads", wrong)
+    args = (4, 2, 64, 4, torch.float16)
+    problems = check_cache_kernels(*args, key_rotation="hadamard", window=None, device=CPU).problems
+    assert problems[0].startswith("KV4 cache, torch.float16, key rotation hadamard: query [0, 0, 0] is ")
+    assert check_cache_kernels(*args, window=None, device=CPU).problems == ()
 
 
 def test_a_wrong_byte_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

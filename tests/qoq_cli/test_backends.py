@@ -82,10 +82,11 @@ class FakeProof:
         return (f"{name}: int32, M = 1: sum [0, 3] is 8, expected 7",) if name == self.wrong else ()
 
     def check_cache(
-        self, heads: int, kv_heads: int, head_dim: int, bits: int, *, window: int | None
+        self, heads: int, kv_heads: int, head_dim: int, bits: int, *, key_rotation: str, window: int | None
     ) -> tuple[str, ...]:
         assert (heads % kv_heads, head_dim, bits, window) == (0, 64, 4, None)
-        self.caches.append({"bits": bits, "dtype": "float16", "relative_error": 3e-4, "tolerance": 1e-3})
+        cache = {"bits": bits, "key_rotation": key_rotation, "dtype": "float16"}
+        self.caches.append({**cache, "relative_error": 3e-4, "tolerance": 1e-3})
         return ()
 
     def summary(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 // The grid of one head of one token, exactly as formats.arithmetic.quantize_kv defines it, and its codes. The values of
 // a head lie with kLanes neighbouring lanes of a warp, eight each.
 #pragma once
+#include "common/extremes.cuh"
 #include "common/pairs.cuh"
 #include "common/types.cuh"
 

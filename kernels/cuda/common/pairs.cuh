@@ -20,36 +20,6 @@ DEVICE void store_values(uint16_t* x, const Values& v) {
     *reinterpret_cast<uint4*>(x) = make_uint4(v.pairs[0], v.pairs[1], v.pairs[2], v.pairs[3]);
 }
 
-// Of two pairs; a NaN wins.
-template <class Format>
-struct Extremes;
-template <>
-struct Extremes<Float16> {
-    static DEVICE uint32_t least(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-    static DEVICE uint32_t most(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-};
-template <>
-struct Extremes<BFloat16> {
-    static DEVICE uint32_t least(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-    static DEVICE uint32_t most(uint32_t a, uint32_t b) {
-        uint32_t y;
-        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-        return y;
-    }
-};
-
 template <class Format>
 DEVICE uint32_t add(uint32_t a, uint32_t b) {
     return Format::pair(__fadd_rn(low_value<Format>(a), low_value<Format>(b)),

@@ -10,6 +10,7 @@
 // OPERATION     0 x, 1 silu_mul, 2 rms_norm, 3 add_rms_norm          IN_FORMAT     0 float16, 1 bfloat16
 // VECTORS       of 8 values that a thread holds                      WARP_ROWS     1: a row a warp, 0: a row a block
 // STORE_VALUES  1: also store what is quantized (for tests)
+#include "common/extremes.cuh"
 #include "common/math.cuh"
 #include "common/pairs.cuh"
 #include "common/reduce.cuh"

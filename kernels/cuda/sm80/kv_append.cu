@@ -1,12 +1,15 @@
-// Keys and values of new tokens, quantized into the pages of the KV cache; with ROPE, queries and keys are rotated
-// first, and keys and values are also given back as the cache will give them.
+// Keys and values of new tokens, quantized into the pages of the KV cache; with ROPE, queries and keys go through it
+// first, and keys and values are also given back as the cache will give them. With ROTATE, keys (and with ROPE queries)
+// are then rotated by a Hadamard matrix, before keys are quantized.
 //
 // HEAD_DIM / 8 lanes share a head of a token: a query, a key or a value. Heads lie one after the other in the order
 // queries, keys, values of a token, then the next token. No byte of a page belongs to two tokens (common/kv_page.cuh),
 // so bytes are written without reading, by many tokens at once.
 //
 // HEAD_DIM  64, 128          IN_FORMAT  0 float16, 1 bfloat16
-// BITS      4, 8             ROPE       1: rotate, and write query_out, key_out, value_out; 0: keys are rotated already
+// BITS      4, 8             ROPE       1: apply it, and write query_out, key_out, value_out; 0: keys have had it
+//                            ROTATE     1: Hadamard rotation of keys and queries; 0: none
+#include "common/hadamard.cuh"
 #include "common/kv_page.cuh"
 #include "common/kv_quantize.cuh"
 #include "common/pairs.cuh"
@@ -26,7 +29,8 @@ DEVICE Values load_rounded(const float* table) {
 }
 
 // x * cos + rotate_half(x) * sin, every step rounded to Format, as transformers' apply_rotary_pos_emb.
-DEVICE void rotate(Values& v, const Values& partner, const Values& cosines, const Values& sines, bool is_lower_half) {
+DEVICE void apply_rope(Values& v, const Values& partner, const Values& cosines, const Values& sines,
+                       bool is_lower_half) {
     const uint32_t sign = is_lower_half ? kSigns : 0u;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
@@ -119,8 +123,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
                 for (int i = 0; i < kPairs; ++i) cos.pairs[i] = sin.pairs[i] = Format::pair(nan, nan);
             }
-            rotate(v, partner, cos, sin, lane < kLanes / 2);
+            apply_rope(v, partner, cos, sin, lane < kLanes / 2);
         }
+    }
+    if (ROTATE) {
+        const Values rotated = rotated_head<Format, kLanes>(v);  // of values too: shuffles need the whole warp
+        if (is_query || is_key) v = rotated;
     }
 
     float low, high;

@@ -122,6 +122,34 @@ def test_logits_of_kernels_are_those_of_the_reference(checkpoint: Path, kv_bits:
         logits(model, tokens)
 
 
+def test_rotated_keys_are_those_of_the_reference(gpu: torch.device, tmp_path: Path) -> None:
+    recipe = tmp_path / "rotated.yaml"
+    recipe.write_text("smooth_attention: {mode: search}\nkey_rotation: hadamard\n", encoding="utf-8")
+    quick = ("--calib", "builtin", "--samples", 2, "--seq-len", 64, "--device", "cuda")
+    run("quantize", "tiny", "--recipe", recipe, *quick, "-o", tmp_path / "w4")
+    report = run("verify", tmp_path / "w4", "--backend", "kernels")
+    assert (report["ok"], report["key_rotation"]) == (True, "hadamard")
+    assert [cache["key_rotation"] for cache in report["kernels"]["caches"]] == ["hadamard"] * 2
+    model: Any = load_model(tmp_path / "w4", device="cuda")
+    tokens = torch.randint(5, 4000, (2, 130), generator=torch.Generator().manual_seed(0)).to("cuda")
+    for kv_bits in (4, 8):
+        set_kv_bits(model, kv_bits)
+        set_backend(model, "reference")
+        expected = logits(model, tokens)
+        set_backend(model, "kernels")
+        assert float((logits(model, tokens) - expected).float().norm() / expected.float().norm()) < 5e-3
+    set_kv_bits(model, 4, "none")
+    unrotated = logits(model, tokens)
+    set_kv_bits(model, 4)
+    assert float((logits(model, tokens) - unrotated).float().norm() / unrotated.float().norm()) > 5e-3
+    scores = [
+        run("eval", tmp_path / "w4", "--ppl", "builtin", "--seq-len", 256, "--backend", backend)
+        for backend in ("kernels", "reference")
+    ]
+    kernels, reference = (next(iter(s["texts"]["builtin"]["models"].values()))["perplexity"] for s in scores)
+    assert kernels == pytest.approx(reference, rel=4e-3)
+
+
 def test_sliding_windows_are_those_of_the_reference(gpu: torch.device, tmp_path: Path) -> None:
     """A window shorter than the text, sizes that are no multiple of 128, three queries a KV head."""
     config = MistralConfig(

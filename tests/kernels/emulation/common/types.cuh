@@ -1,5 +1,7 @@
 // In place of kernels/cuda/common/types.cuh, with what NVRTC has built in, for a host compiler.
 #pragma once
+#include <cmath>
+
 #include "device.h"
 
 #define __global__
@@ -26,6 +28,9 @@ struct alignas(16) uint4 {
 };
 DEVICE uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 DEVICE uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 template <class To, class From>
 DEVICE To bits_as(From x) {
@@ -48,10 +53,13 @@ DEVICE float __fadd_rn(float a, float b) { return a + b; }
 DEVICE float __fsub_rn(float a, float b) { return a - b; }
 DEVICE float __fmul_rn(float a, float b) { return a * b; }
 DEVICE float __fdiv_rn(float a, float b) { return a / b; }
+DEVICE float __frcp_rn(float x) { return 1.0f / x; }
+DEVICE float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float __fdividef(float a, float b) { return emulation::divide_approximately(a, b); }
 DEVICE float __int2float_rn(int x) { return static_cast<float>(x); }
 DEVICE int __float2int_rz(float x) { return static_cast<int>(x); }
 
+[[noreturn]] DEVICE void __trap() { emulation::fail("stops the kernel"); }
 DEVICE void __syncthreads() { emulation::meet_block(); }
 DEVICE void __threadfence() {}
 DEVICE uint32_t __shfl_xor_sync(uint32_t mask, uint32_t x, int lanes) { return emulation::shuffle_xor(mask, x, lanes); }
