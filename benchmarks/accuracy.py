@@ -116,7 +116,7 @@ def main() -> None:
 
     table.for_injection()
     injected = arguments.work / "injected"
-    inject = [sys.executable, str(Path(__file__).with_name("inject_key_outliers.py")), arguments.model, str(injected)]
+    inject = [sys.executable, str(Path(__file__).with_name("inject_outliers.py")), arguments.model, str(injected)]
     subprocess.run(inject, check=True)
     for kind, more in (("w16a16kv4", ("--ignore", ".")), ("w4a8kv4", ())):
         for source, model in (("plain", arguments.model), ("injected", injected)):

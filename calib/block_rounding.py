@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from qoq.calib.moments import MomentObserver, inputs_of
+from qoq.calib.moments import MomentObserver, input_of
 from qoq.calib.plan import Plan
 from qoq.calib.progress import Tick
 from qoq.calib.round.gptq import Inputs, gptq
@@ -67,7 +67,7 @@ def _round_one(plan: Plan, name: str, tensors: dict[str, Tensor], inputs: Inputs
     if inputs is None:
         done.linears[name] = round_to_nearest(weight, bias, recipe.group_size, search=searches)
         return
-    result = gptq(weight, bias, recipe.group_size, inputs, search=searches, sweeps=recipe.gptq.sweeps)
+    result = gptq(weight, bias, recipe.group_size, inputs, search=searches)
     done.linears[name] = result.linear
     if result.fallback is not None:
         done.fallbacks[name] = result.fallback
@@ -96,18 +96,14 @@ def _observe(
         kv_bits=recipe.kv_bits,
         key_rotation=recipe.key_rotation,
     )
-    observer = MomentObserver(recipe.act_bits if spec.act_quant else 16)
-    # What adds to the residual stream may make up for what is missing there, too.
-    stream = {family.roles["attn_out"]: family.input_norm, family.roles["mlp_down"]: family.mlp_norm}.get(names[0])
-    wanted = [names[0]] if stream is None or not spec.residual else [stream, names[0]]
+    observer = MomentObserver()
     batches = -(-streams.shape[1] // runner.batch)
     for _, batch in runner.batches(streams):
-        seen = inputs_of(served, wanted, partial(runner, index, served, batch[0]))
-        if len(batch) == 1:
-            observer.add(seen[-1])
-        else:
-            meant = inputs_of(exact, wanted, partial(runner, index, exact, batch[1]))
-            observer.add(seen[-1], meant[-1], meant[0] - seen[0] if len(wanted) == 2 else None)
+        seen = [
+            input_of(block, names[0], partial(runner, index, block, hidden))
+            for block, hidden in zip((served, exact), batch, strict=False)
+        ]
+        observer.add(*seen)
         tick("observing inputs", 0.05 / batches)
     try:
         return Inputs.of(observer.moments(), damping=spec.damping)

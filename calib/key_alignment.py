@@ -21,11 +21,17 @@ class MeanKeyObserver:
     """Sums post-RoPE keys, float64 [kv_heads, D]."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self._total: Tensor | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
         total = key.sum(dim=(0, 2), dtype=torch.float64)
-        self.total = total if self.total is None else self.total + total
+        self._total = total if self._total is None else self._total + total
+
+    @property
+    def total(self) -> Tensor:
+        if self._total is None:
+            raise ValueError("no attention was observed")
+        return self._total
 
 
 def angles(mean: Tensor) -> Tensor:

@@ -101,9 +101,12 @@ class BlockRunner:
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Split hidden states [..., S, L, H] into batches on the device, with the rows of S each one covers."""
+        streams = hidden.reshape(-1, *hidden.shape[-3:])
         for start in range(0, hidden.shape[-3], self.batch):
             rows = slice(start, start + self.batch)
-            yield rows, hidden[..., rows, :, :].to(self.device)
+            # One stream at a time: what is contiguous in pinned memory is copied at the speed of the bus.
+            batch = torch.stack([stream[rows].to(self.device) for stream in streams])
+            yield rows, batch.reshape(*hidden.shape[:-3], *batch.shape[1:])
 
 
 def embed(source: TensorSource, skeleton: Skeleton, windows: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from qoq.recipes.errors import InputError
+from qoq.recipes.models import ModelAlias
 from qoq.recipes.schema import Recipe
 
 _EXAMPLE = "`qoq recipes qoq-g128` prints a complete recipe to start from"
@@ -59,3 +60,18 @@ def parse_recipe(text: str, *, origin: str, name: str) -> Recipe:
             "\n".join([f"recipe {origin}: {error.error_count()} problem(s)", *lines]),
             remedy=_EXAMPLE,
         ) from error
+
+
+def tuned_for(recipe: Recipe, alias: ModelAlias) -> Recipe:
+    """A recipe of the paper with the strengths that its authors use for this model; any other as it is.
+
+    The paper's are those that smooth outputs with a fixed strength.
+    """
+    values = alias.tuned.get("g128" if recipe.group_size else "per_channel")
+    if values is None or recipe.smooth_output is None or recipe.smooth_output.mode != "fixed":
+        return recipe
+    output = recipe.smooth_output.model_copy(update={"alpha": values.alpha, "beta": values.beta})
+    attention = recipe.smooth_attention
+    if attention is not None and values.search_keys is not None:
+        attention = attention.model_copy(update={"mode": "search" if values.search_keys else "fixed"})
+    return recipe.model_copy(update={"smooth_output": output, "smooth_attention": attention})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -61,14 +61,15 @@ class OutputSmoothing(_Frozen):
 
 
 class Gptq(_Frozen):
-    """GPTQ (Frantar et al., 2022): `damping` times the mean of diag(H) is added to the diagonal of H."""
+    """GPTQ (Frantar et al., 2022), on inputs as the quantized linears before leave them.
 
-    damping: float | None = Field(0.01, gt=0.0, le=1.0)
+    `damping` times the mean of diag(H) is added to the diagonal of H; "auto" takes more for fewer calibration tokens.
+    `target`: what a linear's outputs are to be close to. "served" takes its own outputs before it is rounded, on the
+    inputs it is served; "exact" those of the 16-bit model, so that linears make up for what the ones before them lost.
+    """
+
+    damping: Annotated[float, Field(gt=0.0, le=1.0)] | Literal["auto"] = 0.01
     target: Literal["served", "exact"] = "served"
-    sequential: bool = False
-    act_quant: bool = False
-    residual: bool = False
-    sweeps: int = Field(0, ge=0, le=8)
 
 
 class Calibration(_Frozen):
@@ -106,7 +107,6 @@ class Recipe(_Frozen):
     smooth_output: OutputSmoothing | None = None
     reorder: Literal["absmax"] | None = None
     align_keys: Literal["mean"] | None = None
-    balance_values: Literal["covariance"] | None = None
     smooth_attention: SmoothAttention | None = None
     key_rotation: KeyRotation = "none"
     calibration: Calibration = Calibration()

@@ -30,16 +30,6 @@ def round_columns(units: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, li
     return _run(_round_columns, limit, units, scale, zero, factor)
 
 
-def descend_columns(
-    values: Tensor, gradient: Tensor, scale: Tensor, zero: Tensor, matrix: Tensor, limit: float
-) -> tuple[Tensor, Tensor]:
-    """Coordinate descent over values [N, C]: codes [N, C], and by how much the values changed, [N, C].
-
-    gradient [N, C]: of half the loss; matrix [C, C]: its second derivatives.
-    """
-    return _run(_descend_columns, limit, values, gradient, scale, zero, matrix)
-
-
 _Step = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -50,17 +40,6 @@ def _round_columns(limit: float, units: Tensor, scale: Tensor, zero: Tensor, fac
         errors[:, i] = (left[:, i] - (codes[:, i] - zero[:, i]) * scale[:, i]) / factor[i, i]
         left[:, i:] -= errors[:, i : i + 1] * factor[i, i:]
     return codes, errors
-
-
-def _descend_columns(
-    limit: float, values: Tensor, gradient: Tensor, scale: Tensor, zero: Tensor, matrix: Tensor
-) -> tuple[Tensor, Tensor]:
-    slope, codes, moved = gradient.clone(), torch.empty_like(values), torch.empty_like(values)
-    for i in range(values.shape[1]):
-        codes[:, i] = nearest(values[:, i] - slope[:, i] / matrix[i, i], scale[:, i], zero[:, i], limit)
-        moved[:, i] = (codes[:, i] - zero[:, i]) * scale[:, i] - values[:, i]
-        slope += moved[:, i : i + 1] * matrix[i]
-    return codes, moved
 
 
 def _run(step: _Step, limit: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:

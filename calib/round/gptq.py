@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from qoq.calib.round.columns import COLUMNS, round_columns
 from qoq.calib.round.grid import Grid
 from qoq.calib.round.grid_search import search_grid
-from qoq.calib.round.refine import refine
 from qoq.formats.packing import padded_in_features
 from qoq.formats.quantized_linear import QuantizedLinear
 
@@ -32,13 +32,11 @@ class Moments:
 
     matrix   [K, K] of x x^T, with x as it is served
     shift    [K, K] of (x' - x) x^T, with x' what the float model has in its place; None where x' is not known
-    missing  [N, K] of d x^T, with d what the outputs are to make up for besides; None for nothing
     """
 
     matrix: Tensor
     tokens: int
     shift: Tensor | None = None
-    missing: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,27 @@ class Inputs:
 
     order    of rounding: falling diag(H), int64 [K_padded]
     cost     of the square of a rounding error, once what comes later has made up for it, float32 [K_padded]
-    damped   H with something added to its diagonal, float32 [K_padded, K_padded]
-    factor   upper triangular U, float32 [K_padded, K_padded], in that order: U^T U is the inverse of `damped`;
+    factor   upper triangular U, float32 [K_padded, K_padded], in that order: U^T U is the inverse of H, damped;
              None where there is none
     """
 
     moments: Moments
     order: Tensor
     cost: Tensor
-    damped: Tensor
     factor: Tensor | None
 
     @staticmethod
-    def of(moments: Moments, *, damping: float | None) -> Inputs:
+    def of(moments: Moments, *, damping: float | Literal["auto"]) -> Inputs:
         """Damping, a share of the mean of diag(H), is added to the diagonal, and more where H cannot be factored.
 
-        None: as much as there is chance in H, which grows with its order and falls with the number of tokens.
+        "auto": as much as there is chance in H, which grows with its order and falls with the number of tokens.
         """
         matrix = _padded(moments.matrix)
-        if damping is None:
-            damping = max(_CHANCE * moments.matrix.shape[0] / moments.tokens, _LEAST_DAMPING)
+        chance = _CHANCE * moments.matrix.shape[0] / moments.tokens
+        share = max(chance, _LEAST_DAMPING) if damping == "auto" else damping
         order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
-        damped, factor = matrix, None
-        for damped in _damped(matrix, damping):
+        factor = None
+        for damped in _damped(matrix, share):
             factor = _inverse_factor(damped[order][:, order])
             if factor is not None:
                 break
@@ -77,22 +73,18 @@ class Inputs:
         if factor is not None:
             cost = torch.empty_like(cost)
             cost[order] = factor.diagonal() ** -2
-        return Inputs(moments, order, cost, damped.float(), factor)
+        return Inputs(moments, order, cost, factor)
 
     def wanted(self, weight: Tensor) -> Tensor:
         """The weight float32 [N, K] whose outputs on the served inputs come closest to what `weight` is meant to give.
 
-        That is W + (W E[(x' - x) x^T] + E[d x^T]) H^-1; `weight` itself where nothing is known of x' and d.
+        That is W + W E[(x' - x) x^T] H^-1; `weight` itself where nothing is known of x'.
         """
-        moments, (n, k) = self.moments, weight.shape
-        change = weight.new_zeros((n, k), dtype=torch.float64)
-        if moments.shift is not None:
-            change += weight.double() @ moments.shift
-        if moments.missing is not None:
-            change += moments.missing
-        if self.factor is None or (moments.shift is None and moments.missing is None):
+        shift, k = self.moments.shift, weight.shape[1]
+        if self.factor is None or shift is None:
             return weight
-        ordered = torch.nn.functional.pad(change.float(), (0, len(self.order) - k))[:, self.order]
+        change = (weight.double() @ shift).float()
+        ordered = torch.nn.functional.pad(change, (0, len(self.order) - k))[:, self.order]
         solved = torch.empty_like(ordered)
         solved[:, self.order] = (ordered @ self.factor.t()) @ self.factor
         return weight + solved[:, :k]
@@ -113,14 +105,12 @@ def gptq(
     inputs: Inputs,
     *,
     search: bool = False,
-    sweeps: int = 0,
 ) -> Rounded:
     """Quantize weight float32 [N, K] for these inputs, on the weight's device; the result is on the CPU.
 
-    `search`: scales and zeros by the error they leave on such inputs, else by ranges. `sweeps`: passes
-    of calib.round.refine after it. Inputs that are always zero get the codes of zero. Falls back on rounding to nearest
-    where there are fewer tokens than inputs, where H has no factor, or where GPTQ gains nothing. Raises ValueError when
-    a scale or the bias does not fit float16.
+    `search`: scales and zeros by the error they leave on such inputs, else by ranges. Inputs that are always zero get
+    the codes of zero. Falls back on rounding to nearest where there are fewer tokens than inputs, where H has no
+    factor, or where GPTQ gains nothing. Raises ValueError when a scale or the bias does not fit float16.
     """
     in_features, moments = weight.shape[1], inputs.moments
     squares = moments.matrix.diagonal()
@@ -136,8 +126,6 @@ def gptq(
     wanted = inputs.wanted(weight).masked_fill(squares <= 0, 0)
     grid = search_grid(wanted, group_size, inputs.cost[:in_features]) if search else Grid.of(wanted, group_size)
     codes = _round_in_order(grid, wanted, inputs.order, inputs.factor)
-    for _ in range(sweeps):
-        grid, codes = refine(grid, codes, wanted, inputs.damped, inputs.order)
     linear, plain = grid.linear(codes, bias, in_features), nearest("GPTQ gains nothing on the calibration text")
     losses = [_loss(found, wanted, moments.matrix) for found in (linear, plain.linear)]
     return Rounded(linear, None) if losses[0] < losses[1] else plain

@@ -31,6 +31,7 @@ from qoq_cli.terminal import (
 if TYPE_CHECKING:
     from qoq.calib.job import RunResult
     from qoq.calib.plan import Plan
+    from qoq.recipes.models import ModelAlias
     from qoq.recipes.schema import Recipe
 
 _BUILTIN_CALIBRATION = {"dataset": "builtin", "samples": 32, "seq_len": 512}
@@ -114,14 +115,17 @@ def quantize(
     `qoq quantize ./my-model --calib my-text.txt --samples 64 -o out`.
     """
     from qoq.recipes.load import preset_names
+    from qoq.recipes.models import alias_of
 
     terminal = Terminal(as_json, quiet)
     location = resolve_model(model, revision=revision, with_code=trust_remote_code, note=terminal.note)
     # Presets name calibration sets of the hub; the embedded models have text of their own.
     uses_builtin = location.kind == EMBEDDED and recipe in (None, *preset_names())
+    alias = None if location.hub_id is None else alias_of(location.hub_id)
     chosen = build_recipe(
         recipe,
         g128,
+        alias if recipe in (None, *preset_names()) else None,
         base_calibration=_BUILTIN_CALIBRATION if uses_builtin else {},
         calibration={"dataset": calib, "samples": samples, "seq_len": seq_len, "seed": seed},
         top={"kv_bits": kv_bits, "act_bits": act_bits, "include": include, "ignore": ignore},
@@ -165,19 +169,23 @@ def quantize(
 def build_recipe(
     name: str | None,
     g128: bool | None,
+    alias: ModelAlias | None = None,
     *,
     base_calibration: dict[str, Any],
     calibration: dict[str, Any],
     top: dict[str, Any],
 ) -> Recipe:
-    """The recipe by name, with what the command line changes. Raises InputError for values it does not allow."""
+    """The recipe by name, tuned for a model if it has an alias, with what the command line changes.
+
+    Raises InputError for values it does not allow.
+    """
     from pydantic import ValidationError
 
-    from qoq.recipes.load import load_recipe
+    from qoq.recipes.load import load_recipe, tuned_for
     from qoq.recipes.schema import Recipe
 
     loaded = load_recipe(name or ("qoq-chn" if g128 is False else "qoq-g128"))
-    data = loaded.model_dump()
+    data = (loaded if alias is None else tuned_for(loaded, alias)).model_dump()
     if g128 is not None:
         data["group_size"] = 128 if g128 else None
     data["calibration"] |= base_calibration

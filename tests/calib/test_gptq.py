@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qoq.calib.moments import MomentObserver
+from qoq.calib.moments import MomentObserver, input_of
 from qoq.calib.round.gptq import Inputs, Moments, Rounded
 from qoq.calib.round.gptq import gptq as gptq_of_inputs
 from qoq.calib.round.grid import Grid
@@ -187,27 +187,85 @@ class Block(nn.Module):
         return result
 
 
-def test_moments_are_those_of_the_inputs() -> None:
+def test_a_block_is_run_as_far_as_the_input_that_is_asked_for() -> None:
     torch.manual_seed(0)
-    block, batches = Block(), [torch.randn(2, 5, 6), torch.randn(1, 7, 6)]
-    observer = MomentObserver(block, [("a", "b"), ("c",)])
+    block, x = Block(), torch.randn(2, 5, 6)
+    runs = []
+    block.c.register_forward_hook(lambda *_: runs.append("c"))
     with torch.no_grad():
-        for x in batches:
-            observer.run(lambda x=x: block(x))
-        found = observer.moments()
-        seen = torch.cat([x.flatten(0, 1) for x in batches]).double()
-        inner = torch.cat([(block.a(x) * block.b(x)).flatten(0, 1) for x in batches]).double()
-    assert found["a"] is found["b"]
-    for name, x in (("a", seen), ("c", inner)):
-        assert found[name].tokens == 17
-        torch.testing.assert_close(found[name].matrix, x.t() @ x / 17, rtol=1e-5, atol=1e-6)
+        assert input_of(block, "a", lambda: block(x)) is x
+        torch.testing.assert_close(input_of(block, "c", lambda: block(x)), block.a(x) * block.b(x))
+    assert not runs
     assert not block.a._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="did not run c"):
+        input_of(block, "c", lambda: block.a(x))
 
 
-def test_inputs_that_are_not_finite_are_named() -> None:
-    block = Block()
-    observer = MomentObserver(block, [("a", "b"), ("c",)])
-    with torch.no_grad():
-        observer.run(lambda: block(torch.full((1, 3, 6), torch.inf)))
-    with pytest.raises(ValueError, match="a: NaN or infinite"):
+def test_moments_are_those_of_the_inputs() -> None:
+    batches = [inputs(10, 6, 1).view(2, 5, 6), inputs(7, 6, 2).view(1, 7, 6)]
+    others = [x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) for x in batches]
+    observer = MomentObserver()
+    for x, other in zip(batches, others, strict=True):
+        observer.add(x, other)
+    found = observer.moments()
+    seen, meant = (torch.cat([x.flatten(0, 1) for x in of]).double() for of in (batches, others))
+    assert found.tokens == 17
+    torch.testing.assert_close(found.matrix, seen.t() @ seen / 17, rtol=1e-5, atol=1e-6)
+    assert found.shift is not None
+    torch.testing.assert_close(found.shift, (meant - seen).t() @ seen / 17, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    observer = MomentObserver()
+    observer.add(torch.full((1, 3, 6), torch.inf))
+    with pytest.raises(ValueError, match="NaN or infinite"):
         observer.moments()
+
+
+# ---- towards the float model
+
+
+@MODES
+def test_the_weight_that_is_rounded_fits_the_float_model_best(group_size: int | None) -> None:
+    """Against least squares by numpy, on inputs that the layers before have changed."""
+    weight, exact = weights(32, 96, 20), inputs(2048, 96, 21)
+    served = exact @ torch.diag(torch.linspace(0.7, 1.2, 96)) + 0.05 * inputs(2048, 96, 22)
+    observer = MomentObserver()
+    observer.add(served, exact)
+    found = Inputs.of(observer.moments(), damping=1e-6)
+    want = np.linalg.lstsq(served.double().numpy(), (exact @ weight.t()).double().numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(found.wanted(weight).numpy(), want, atol=1e-3 * np.abs(want).max())
+    towards = gptq_of_inputs(weight, None, group_size, found).linear
+    alone = gptq(weight, None, group_size, Moments(found.moments.matrix, 2048))
+    errors = [
+        float((served @ linear.dequantize().t() - exact @ weight.t()).square().mean())
+        for linear in (towards, alone.linear)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_damping_follows_the_number_of_tokens() -> None:
+    """auto: 1.5 K / tokens, and never less than 0.005."""
+    x = inputs(4096, 128, 23)
+    matrix = moments_of(x).matrix
+    for tokens, share in ((1024, 0.1875), (4096, 0.046875), (10**6, 0.005)):
+        auto, fixed = (Inputs.of(Moments(matrix, tokens), damping=damping) for damping in ("auto", share))
+        assert auto.factor is not None
+        assert fixed.factor is not None
+        torch.testing.assert_close(auto.factor, fixed.factor, rtol=0, atol=0)
+
+
+def test_the_cost_of_an_error_is_what_compensation_leaves_of_it() -> None:
+    """By the Schur complement: the loss of one input's change after the best change of those that come later."""
+    x = inputs(2048, 128, 24)
+    found = Inputs.of(moments_of(x), damping=DAMPING)
+    h = moments_of(x).matrix.numpy()
+    h = h + np.eye(128) * DAMPING * np.diag(h).mean()
+    order = found.order.tolist()
+    for place in (0, 5, 64, 127):
+        later = order[place + 1 :]
+        own = h[order[place], order[place]]
+        if later:
+            cross = h[np.ix_(later, [order[place]])][:, 0]
+            own -= cross @ np.linalg.solve(h[np.ix_(later, later)], cross)
+        assert float(found.cost[order[place]]) == pytest.approx(own, rel=1e-3)

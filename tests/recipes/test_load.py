@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from qoq.recipes.errors import InputError
-from qoq.recipes.load import load_recipe, parse_recipe, preset_names
+from qoq.recipes.load import load_recipe, parse_recipe, preset_names, tuned_for
+from qoq.recipes.models import find_alias
 from qoq.recipes.schema import Recipe
 
 
@@ -22,15 +23,41 @@ def test_presets_load_under_their_name(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert (recipe.group_size is None) == name.endswith("-chn")
+    assert (recipe.group_size is None) == name.removesuffix("-best").endswith("-chn")
     assert recipe.act_bits == 8
     assert recipe.kv_bits == 4
 
 
 def test_the_method_and_its_baseline_come_in_both_modes() -> None:
-    assert {"qoq-g128", "qoq-chn", "rtn-g128", "rtn-chn"} <= set(preset_names())
-    assert load_recipe("rtn-g128").smooth_attention is None
-    assert load_recipe("qoq-g128").smooth_attention is not None
+    for grid in ("g128", "chn"):
+        assert {f"qoq-{grid}", f"qoq-{grid}-best", f"rtn-{grid}"} <= set(preset_names())
+        plain, paper, best = (load_recipe(name) for name in (f"rtn-{grid}", f"qoq-{grid}", f"qoq-{grid}-best"))
+        assert (plain.rounding, plain.rotation, plain.smooth_attention) == ("rtn", None, None)
+        assert (paper.rounding, paper.rotation, paper.gptq.target) == ("gptq", "hadamard", "served")
+        assert (best.rounding, best.rotation, best.gptq.target) == ("gptq", "hadamard", "exact")
+
+
+def test_the_recipes_of_the_paper_are_tuned_for_models_its_authors_measured() -> None:
+    """Their script, for Llama 3 8B: 0.3 and 0.7 in groups, with SmoothAttention searched; else 0.1 and no search."""
+    alias = find_alias("llama-3-8b")
+    grouped, channels = (tuned_for(load_recipe(name), alias) for name in ("qoq-g128", "qoq-chn"))
+    assert grouped.smooth_output is not None
+    assert channels.smooth_output is not None
+    assert grouped.smooth_attention is not None
+    assert channels.smooth_attention is not None
+    assert (grouped.smooth_output.alpha, grouped.smooth_output.beta) == (0.3, 0.7)
+    assert (channels.smooth_output.alpha, channels.smooth_output.beta) == (0.1, 0.9)
+    assert (grouped.smooth_attention.mode, channels.smooth_attention.mode) == ("search", "fixed")
+    other = tuned_for(load_recipe("qoq-g128"), find_alias("mistral-7b"))
+    assert other.smooth_output is not None
+    assert other.smooth_output.alpha == 0.15
+    assert other.smooth_attention == load_recipe("qoq-g128").smooth_attention
+
+
+@pytest.mark.parametrize("name", ["rtn-g128", "qoq-g128-best", "qoq-chn-best"])
+def test_recipes_that_search_or_leave_out_smoothing_stay(name: str) -> None:
+    assert tuned_for(load_recipe(name), find_alias("llama-3-8b")) == load_recipe(name)
+    assert tuned_for(load_recipe("qoq-g128"), find_alias("qwen3-8b")) == load_recipe("qoq-g128")
 
 
 @pytest.mark.parametrize("name", preset_names())

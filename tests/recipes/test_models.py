@@ -7,12 +7,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 
 from qoq.recipes.errors import InputError
 from qoq.recipes.families import all_families
-from qoq.recipes.models import ModelAlias, find_alias, model_aliases
+from qoq.recipes.models import ModelAlias, alias_of, find_alias, model_aliases
 
 PROMISED = [
     "tiny",
@@ -46,12 +47,26 @@ def test_the_promised_aliases_are_there() -> None:
 @pytest.mark.parametrize("alias", model_aliases().values(), ids=lambda alias: alias.name)
 def test_aliases_are_well_formed(alias: ModelAlias) -> None:
     kinds = {"name": str, "family": str, "hub_id": str | None, "note": str, "gated": bool, "refused": str | None}
+    kinds["tuned"] = Mapping
     for field in dataclasses.fields(alias):
         assert isinstance(getattr(alias, field.name), kinds[field.name]), field.name
     assert alias.name == alias.name.lower()
     assert (alias.hub_id is None) == alias.name.startswith("tiny")
     assert alias.hub_id is None or re.fullmatch(r"[\w.-]+/[\w.-]+", alias.hub_id)
     assert (alias.refused is not None) == (alias.family not in {family.name for family in all_families()})
+
+
+@pytest.mark.parametrize("alias", model_aliases().values(), ids=lambda alias: alias.name)
+def test_tuned_strengths_are_those_of_a_grid(alias: ModelAlias) -> None:
+    assert alias.tuned.keys() <= {"g128", "per_channel"}
+    for values in alias.tuned.values():
+        assert values.alpha + values.beta == pytest.approx(1)
+        assert 0 <= values.alpha <= values.beta
+
+
+def test_a_repository_is_found_by_its_name() -> None:
+    assert alias_of("meta-llama/Meta-Llama-3-8B") is find_alias("llama-3-8b")
+    assert alias_of("someone/something") is None
 
 
 def test_hub_ids_are_named_once() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from qoq.calib.plan import open_model
 from qoq.calib.skeleton import load_tokenizer
-from qoq_cli.demo.outliers import inject_key_outliers
+from qoq_cli.demo.outliers import inject_key_outliers, inject_norm_outliers
 from qoq_cli.model_location import resolve_model
 
 
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--factor", type=float, default=20.0)
     parser.add_argument("--pairs", type=int, default=2, help="RoPE pairs of each KV head")
+    parser.add_argument("--gains", type=float, default=1.0, help="factor of norm gains")
+    parser.add_argument("--channels", type=int, default=4, help="channels whose gains are multiplied")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     path = resolve_model(arguments.model).path
@@ -40,6 +42,7 @@ def main() -> None:
         pairs_per_head=arguments.pairs,
         seed=arguments.seed,
     )
+    tensors = inject_norm_outliers(tensors, channels=arguments.channels, factor=arguments.gains, seed=arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, arguments.out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(skeleton.config.to_json_string())
