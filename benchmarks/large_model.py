@@ -1,4 +1,4 @@
-"""Time and memory of the recipes on a random model with the sizes of Llama-3-8B, extrapolated from a few blocks.
+"""Time and memory of the recipes on a random model with blocks of the sizes of Llama-3-8B, extrapolated from a few.
 
 Runs `qoq quantize` on one block and on --blocks of them; the difference gives the time of a block, and what is left is
 the rest (embedding, head, reading the text). The whole model is the rest and 32 blocks. Peak memory does not grow with
@@ -28,14 +28,14 @@ _WHOLE = 32
 
 
 def random_model(folder: Path, blocks: int) -> None:
-    """Write a Llama of `blocks` blocks with tiny's tokenizer; weights are random."""
+    """Write a Llama of `blocks` blocks, with a vocabulary of 32000 and tiny's tokenizer; weights are random."""
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=blocks,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=128256,
+        vocab_size=32000,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],

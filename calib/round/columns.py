@@ -1,7 +1,7 @@
-"""The inner loops of GPTQ and of its refinement: one column of a weight after the other, 128 of them at a time.
+"""The inner loop of GPTQ: one column of a weight after the other, 128 of them at a time.
 
-Each step is a dozen operations on a short vector. On a GPU, to launch them takes longer than to run them, so the loop
-over 128 columns is captured once for each shape as a CUDA graph, and replayed.
+Each step is some operations on a short vector. On a GPU, to launch them takes longer than to run them, so the loop over
+128 columns is captured once for each shape as a CUDA graph, and replayed.
 """
 
 from __future__ import annotations
@@ -25,40 +25,45 @@ def nearest(units: Tensor, scale: Tensor, zero: Tensor, limit: float) -> Tensor:
 def round_columns(units: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """GPTQ over units [N, C]: codes [N, C], and errors [N, C] divided by the diagonal of `factor` [C, C].
 
-    scale, zero [N, C]: of each column; factor: upper triangular.
+    scale, zero [N, C]: of each column; factor: upper triangular. Codes are those of `nearest`.
     """
-    return _run(_round_columns, limit, units, scale, zero, factor)
+    # In steps of the grid, a column takes few operations: round, clamp, subtract, multiply, and the update of the rest.
+    low, high = (nearest(torch.full_like(units, end), scale, zero, limit) for end in (-torch.inf, torch.inf))
+    return _run(_round_columns, units / scale + zero, 1 / scale, scale / factor.diagonal(), low, high, factor)
 
 
 _Step = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _round_columns(limit: float, units: Tensor, scale: Tensor, zero: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    left, codes, errors = units.clone(), torch.empty_like(units), torch.empty_like(units)
-    for i in range(units.shape[1]):
-        codes[:, i] = nearest(left[:, i], scale[:, i], zero[:, i], limit)
-        errors[:, i] = (left[:, i] - (codes[:, i] - zero[:, i]) * scale[:, i]) / factor[i, i]
-        left[:, i:] -= errors[:, i : i + 1] * factor[i, i:]
+def _round_columns(
+    steps: Tensor, inverse: Tensor, cost: Tensor, low: Tensor, high: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    left, codes, errors = steps.clone(), torch.empty_like(steps), torch.empty_like(steps)
+    for i in range(steps.shape[1]):
+        now, rest = slice(i, i + 1), slice(i + 1, None)
+        torch.clamp(torch.round(left[:, now]), low[:, now], high[:, now], out=codes[:, now])
+        torch.mul(left[:, now] - codes[:, now], cost[:, now], out=errors[:, now])
+        left[:, rest].addcmul_(errors[:, now] * factor[i, rest], inverse[:, rest], value=-1)
     return codes, errors
 
 
-def _run(step: _Step, limit: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _run(step: _Step, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     if not inputs[0].is_cuda:
-        return step(limit, *inputs)
-    return _graph(step, limit, tuple(tensor.shape for tensor in inputs), inputs[0].device)(*inputs)
+        return step(*inputs)
+    return _graph(step, tuple(tensor.shape for tensor in inputs), inputs[0].device)(*inputs)
 
 
 class _Graph:
     """A step captured with inputs of these shapes, float32."""
 
-    def __init__(self, step: _Step, limit: float, shapes: tuple[torch.Size, ...], device: torch.device) -> None:
+    def __init__(self, step: _Step, shapes: tuple[torch.Size, ...], device: torch.device) -> None:
         self._inputs = [torch.ones(shape, device=device) for shape in shapes]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            step(limit, *self._inputs)  # what is loaded at a first use cannot be captured
+            step(*self._inputs)  # what is loaded at a first use cannot be captured
             torch.cuda.synchronize()
             with torch.cuda.graph(self._graph):
-                self._outputs = step(limit, *self._inputs)
+                self._outputs = step(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         for own, given in zip(self._inputs, inputs, strict=True):
@@ -69,5 +74,5 @@ class _Graph:
 
 
 @cache
-def _graph(step: _Step, limit: float, shapes: tuple[torch.Size, ...], device: torch.device) -> _Graph:
-    return _Graph(step, limit, shapes, device)
+def _graph(step: _Step, shapes: tuple[torch.Size, ...], device: torch.device) -> _Graph:
+    return _Graph(step, shapes, device)
