@@ -51,8 +51,8 @@ class QuantizeRequest:
 class Estimate:
     """Bytes and operations a run needs, from sizes alone.
 
-    block         one float32 block, and with GPTQ the moments of its inputs
-    hidden        calibration hidden states, float32
+    block         one float32 block, and with GPTQ the moments of the inputs of a linear
+    hidden        calibration hidden states, float32, of every stream
     decoded       the block's quantized linears, int8, and the temporaries of rounding its largest linear
     activations   the widest temporary of a forward pass over one batch
     embedding     the embedding table while it is read and converted
@@ -100,8 +100,7 @@ class Plan:
     @property
     def streams(self) -> int:
         """Streams of hidden states: of the served model, and where the recipe compares with it, of the float model."""
-        recipe = self.request.recipe
-        return 2 if recipe.rounding == "gptq" and recipe.gptq.target == "exact" else 1
+        return _streams(self.request.recipe)
 
     def fingerprint(self, calibration: str, source_hashes: Mapping[str, str], tool_version: str) -> str:
         """What must be the same for an unfinished run to be continued."""
@@ -299,18 +298,22 @@ def _estimate(
     batch_tokens = max(calibration.seq_len, 2048)
     embedding = skeleton.vocab_size * skeleton.hidden_size
     stored = source.info(f"{skeleton.family.embedding}.weight").dtype.itemsize
-    hidden = tokens * skeleton.hidden_size * 4
+    streams = _streams(recipe)
+    hidden = streams * tokens * skeleton.hidden_size * 4
     # Passes over a block, times two for what is not a matrix product: measured on small models, CPU and GPU.
-    passes = 2 * (1.5 + (1.0 if recipe.smooth_attention else 0.0))
-    operations = 2.0 * weights * tokens * passes
-    moments = 0
+    passes = 1.5 + (1.0 if recipe.smooth_attention or recipe.align_keys else 0.0)
+    passes += 1.0 if recipe.smooth_output or recipe.reorder else 0.0
+    moments, other = 0, 0.0
     if recipe.rounding == "gptq":
+        # As far as the inputs of each linear, and a float block to compare with.
+        passes += 1.3 * streams + (streams - 1)
         inputs = [linears[roles[0]].in_features for roles in _shared(skeleton)]
-        # Moments in float64 and factors in float32 stay; three matrices come and go while the largest is factored.
-        moments = sum(12 * k * k for k in inputs) + 3 * 8 * max(inputs) ** 2
-        # Another pass, the products of the inputs, two factorings and an inversion in float64, and the updates.
-        operations += 2.0 * weights * tokens + sum(2.0 * tokens * k * k + 8.0 * k**3 for k in inputs)
-        operations += sum(2.0 * linear.weight.numel() * linear.in_features for linear in linears.values())
+        # Sums in float64; three matrices come and go while the largest is factored into one of float32.
+        moments = (8 * streams + 4 + 3 * 8) * max(inputs) ** 2
+        # The products of the inputs, two factorings and an inversion in float64, and the updates.
+        other = sum(2.0 * tokens * k * k * streams + 8.0 * k**3 for k in inputs)
+        other += sum(2.0 * linear.weight.numel() * linear.in_features for linear in linears.values())
+    operations = 2 * passes * 2.0 * weights * tokens + other
     return Estimate(
         block=weights * 4 + moments,
         hidden=hidden,
@@ -321,6 +324,10 @@ def _estimate(
         state=hidden * 2,
         operations=operations * skeleton.num_blocks if quantized else 0.0,
     )
+
+
+def _streams(recipe: Recipe) -> int:
+    return 2 if recipe.rounding == "gptq" and recipe.gptq.target == "exact" else 1
 
 
 def _shared(skeleton: Skeleton) -> list[tuple[str, ...]]:

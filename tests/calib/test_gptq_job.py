@@ -6,17 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qoq.calib.corpus import Windows
 from qoq.calib.job import run
-from qoq.calib.plan import QuantizeRequest, make_plan
+from qoq.calib.plan import QuantizeRequest, make_plan, open_model
+from qoq.calib.progress import Progress
 from qoq.calib.round.gptq import Inputs, Moments, gptq
 from qoq.calib.served import ServedModel, open_served
+from qoq.calib.streaming import StreamedModel
+from qoq.formats.work_folder import WORK_NAME
 from qoq.recipes.errors import InputError
-from qoq.recipes.schema import Calibration, Recipe
+from qoq.recipes.schema import Calibration, Gptq, Recipe
 
 MakeModel = Callable[..., Any]
 Tokens = Callable[..., Tensor]
@@ -102,3 +106,52 @@ def test_linears_that_stay_in_16_bit_are_left_alone(quantize: Run, make_model: M
     assert fallbacks(manifest) == {}
     assert "model.layers.0.self_attn.q_proj" not in served.quantized
     assert "model.layers.0.self_attn.k_proj" in served.quantized
+
+
+EXACT = {"gptq": Gptq(target="exact", damping="auto")}
+
+
+def test_towards_the_16_bit_model_later_blocks_make_up_for_earlier_ones(
+    quantize: Run, make_model: MakeModel, tokens: Tokens
+) -> None:
+    """Hidden states after the last block, on the calibration text, against those of the 16-bit model."""
+    model, windows = make_model("llama", num_hidden_layers=4), tokens(16, 64)
+    skeleton, source = open_model(model.folder)
+    exact = torch.stack(list(StreamedModel(skeleton, source, device=torch.device("cpu")).logits(windows)))
+    distances = []
+    for changes in ({}, EXACT):
+        _, served = quantize(model, windows, calibration=Calibration(samples=16, seq_len=64), **changes)
+        streamed = StreamedModel(
+            served.skeleton,
+            served.checkpoint.source,
+            device=torch.device("cpu"),
+            checkpoint=served.checkpoint,
+            act_bits=8,
+            kv_bits=4,
+        )
+        distances.append(float((torch.stack(list(streamed.logits(windows))) - exact).norm() / exact.norm()))
+    assert distances[1] < 0.97 * distances[0], distances
+
+
+def test_both_streams_are_kept_when_a_run_is_cut_off(make_model: MakeModel, tokens: Tokens, tmp_path: Path) -> None:
+    model, windows = make_model("llama"), Windows(tokens(8, 48), 8, "fingerprint", "random")
+    recipe = Recipe(name="test", rounding="gptq", calibration=Calibration(samples=8, seq_len=48), **EXACT)
+
+    def again(folder: str, on_progress: Callable[[Progress], None] = lambda _: None) -> int:
+        plan = make_plan(QuantizeRequest(model.folder, "random", tmp_path / folder, recipe))
+        assert plan.streams == 2
+        return run(plan, lambda: windows, restart=False, tool_version="0.0.1", on_progress=on_progress).resumed_at
+
+    def stop(step: Progress) -> None:
+        if step.message == "block 1: observing inputs":
+            raise KeyboardInterrupt
+
+    assert again("whole") == 0
+    with pytest.raises(KeyboardInterrupt):
+        again("parts", stop)
+    states = np.load(next((tmp_path / "parts" / WORK_NAME).glob("hidden-*.npy")))
+    assert states.shape[:3] == (2, 8, 48)
+    assert 0 < np.abs(states[0] - states[1]).max(), "what is served differs from the 16-bit model"
+    assert again("parts") == 1
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
