@@ -173,7 +173,7 @@ def make_plan(request: QuantizeRequest) -> Plan:
         kv_bits=recipe.kv_bits,
         zero_domain=recipe.zero_domain,
         norms_folded=recipe.rotation is not None,
-        key_rotation=recipe.key_rotation,
+        key_rotation="none" if recipe.kv_bits == 16 else recipe.key_rotation,  # any runtime serves "none"
         padded={
             name: linear.in_features
             for name, linear in quantized.items()

@@ -172,7 +172,8 @@ def rotate_heads(x: Tensor, key_rotation: KeyRotation) -> Tensor:
     and its own inverse, so scores of rotated queries and keys are those before; outliers of a key are spread over it.
     Computed in float32 from the values as they are: sums and differences of values 1 apart, then of the results 2
     apart, 4, ... D/2, each rounded; then times 1 / sqrt(D), itself rounded to float32; then rounded once to the dtype,
-    from which keys are quantized. A head with a NaN, or whose sums leave float32, becomes NaN or infinite.
+    from which keys are quantized. A head with a NaN becomes NaN, values whose sums leave float32 or whose results leave
+    the dtype become NaN or infinite.
     Raises ValueError for another D or another rotation.
     """
     if key_rotation == "none":

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qoq.formats.arithmetic import kv_round_trip, rotate_heads, rotates
-from qoq.kernels.kv_operands import rotation_fits, round_trip_fits
+from qoq.kernels.kv_operands import KEY_ROTATIONS, rotation_fits, round_trip_fits
 from qoq.kernels.modules import Backend, is_on_gpu
 from qoq.recipes.errors import InputError
 from qoq.recipes.schema import KeyRotation
@@ -26,7 +26,7 @@ BASE_ATTENTION = "sdpa"
 CacheBits = Literal[4, 8]
 ATTENTION: dict[tuple[int, KeyRotation], str] = {
     (bits, rotation): f"qoq_kv{bits}" + ("" if rotation == "none" else f"_{rotation}")
-    for bits, rotation in product(get_args(CacheBits), get_args(KeyRotation))
+    for bits, rotation in product(get_args(CacheBits), KEY_ROTATIONS)
 }
 """The name of the attention for a cache of so many bits with keys rotated so."""
 _BACKEND = "qoq_backend"
@@ -55,8 +55,8 @@ def choose_attention(model: PreTrainedModel, implementation: str) -> None:
 
 def check_attention(model: PreTrainedModel, kv_bits: int, key_rotation: KeyRotation) -> None:
     """Raise InputError where `model` cannot have a cache of `kv_bits` with keys rotated so."""
-    if key_rotation not in get_args(KeyRotation):
-        raise InputError(f"key_rotation is {key_rotation!r}, expected {' or '.join(map(repr, get_args(KeyRotation)))}")
+    if key_rotation not in KEY_ROTATIONS:
+        raise InputError(f"key_rotation is {key_rotation!r}, expected {' or '.join(map(repr, KEY_ROTATIONS))}")
     implementation = model.config._attn_implementation
     if implementation not in (BASE_ATTENTION, *ATTENTION.values()) or not model._supports_sdpa:
         raise InputError(

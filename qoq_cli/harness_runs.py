@@ -28,8 +28,9 @@ _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 class Candidate:
     """A model, and how it is run.
 
-    weights    4 or 16 bit
-    positions  the longest text, in tokens, that the model knows
+    weights       4 or 16 bit
+    key_rotation  of keys in a cache of 4 or 8 bits; see `served_key_rotation`
+    positions     the longest text, in tokens, that the model knows
     """
 
     label: str
@@ -45,6 +46,11 @@ class Candidate:
     @property
     def scheme(self) -> str:
         return f"w{self.weights}a{self.act_bits}kv{self.kv_bits}"
+
+    @property
+    def served_key_rotation(self) -> str:
+        """How keys are rotated while the model runs; a cache of 16 bits leaves them as they are."""
+        return "none" if self.kv_bits == 16 else self.key_rotation
 
 
 @dataclass(frozen=True)
@@ -302,6 +308,7 @@ def _run_json(run: Run) -> dict[str, Any]:
     return {
         "model": run.candidate.label,
         "scheme": run.candidate.scheme,
+        "key_rotation": run.candidate.served_key_rotation,
         "backend": run.candidate.backend,
         "max_length": run.max_length,
         "shortened_prompts": run.shortened,

@@ -89,7 +89,8 @@ class Recipe(_Frozen):
     applied. `rotation`: norm gains are folded into the linears that follow, and hidden states and values rotated.
     `reorder`: inputs of down_proj are sorted by their absmax, so that those of a group are alike.
     `key_rotation`: "hadamard" rotates queries and keys after RoPE, while the model runs, so that a quantized key cache
-    loses less to outlier channels. Only a runtime that rotates (qoq's own) can serve such a checkpoint; any can "none".
+    loses less to outlier channels. Only a runtime that rotates (qoq's own) can serve such a checkpoint; any can "none",
+    which a checkpoint with a cache of 16 bits always says.
     `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the least
     error.
     """

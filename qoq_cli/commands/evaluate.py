@@ -212,7 +212,7 @@ class _Model:
         self.label, self.path, self.positions = candidate.label, candidate.path, candidate.positions
         self.facts = {
             "scheme": candidate.scheme,
-            "key_rotation": candidate.key_rotation,
+            "key_rotation": candidate.served_key_rotation,
             "backend": candidate.backend,
         }
         self.has_quantized = candidate.weights == 4
@@ -293,7 +293,7 @@ class _Evaluation:
             weights=weights,
             act_bits=act_bits,
             kv_bits=kv_bits,
-            key_rotation="none" if kv_bits == 16 else key_rotation,
+            key_rotation=key_rotation,
             backend=backend,
             positions=int(getattr(skeleton.config, "max_position_embeddings", _DEFAULT_LENGTH)),
             is_baseline=is_baseline,

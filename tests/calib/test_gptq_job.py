@@ -75,6 +75,19 @@ def test_the_first_linears_are_rounded_for_what_enters_them(
         assert torch.equal(found.s1_scales, want.s1_scales)
 
 
+def test_what_comes_after_attention_is_rounded_for_rotated_keys(
+    quantize: Run, make_model: MakeModel, tokens: Tokens
+) -> None:
+    """In block 0, inputs of q, k and v are the same with and without; that of o is not."""
+    model, windows = make_model("llama"), tokens(8, 48)
+    plain, turned = (quantize(model, windows, key_rotation=rotation)[1] for rotation in ("none", "hadamard"))
+    for part in "qkvo":
+        name = f"model.layers.0.self_attn.{part}_proj"
+        in_features = plain.quantized[name].in_features
+        codes = [served.checkpoint.linear(name, in_features=in_features).codes for served in (plain, turned)]
+        assert torch.equal(*codes) == (part != "o"), name
+
+
 def test_blocks_lose_less_than_by_rounding_to_nearest(quantize: Run, make_model: MakeModel, tokens: Tokens) -> None:
     model, windows = make_model("llama"), tokens(8, 48)
     errors = {}

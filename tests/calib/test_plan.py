@@ -430,6 +430,13 @@ def test_bfloat16_and_float32_sources(make_model: MakeModel) -> None:
         assert plan.source.info(f"{UP}.weight").dtype == dtype
 
 
+@pytest.mark.parametrize(("kv_bits", "key_rotation"), [(4, "hadamard"), (8, "hadamard"), (16, "none")])
+def test_keys_of_a_16_bit_cache_are_not_rotated(kv_bits: Any, key_rotation: str, make_model: MakeModel) -> None:
+    """So any runtime can serve it."""
+    recipe = Recipe(name="test", kv_bits=kv_bits, key_rotation="hadamard")
+    assert plan_of(make_model("llama"), recipe=recipe).config.key_rotation == key_rotation
+
+
 def test_shards_of_the_source_are_joined(make_model: MakeModel) -> None:
     model = make_model("llama")
     names = sorted(model.tensors)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qoq.calib.served import open_served
+from qoq.calib.against import compare
+from qoq.calib.plan import open_model
+from qoq.calib.served import ServedModel, open_served
 from qoq.calib.streaming import StreamedModel
 from qoq.kernels.loading import load_model
 
@@ -49,8 +52,8 @@ def test_files_and_commands_say_which(qoq: Any, checkpoints: dict[str, Path], ke
     assert (report["ok"], report["kv_bits"], report["key_rotation"]) == (True, 4, key_rotation)
 
 
-def test_both_are_served_as_quantized(qoq: Any, checkpoints: dict[str, Path], small_model: Path) -> None:
-    """The plug-in, the streamed evaluation and `verify --against` follow the checkpoint, not a default."""
+def test_both_are_served_as_quantized(checkpoints: dict[str, Path]) -> None:
+    """The plug-in and the streamed evaluation follow the checkpoint, not a default."""
     logits = {}
     for key_rotation, folder in checkpoints.items():
         served = open_served(folder)
@@ -66,11 +69,21 @@ def test_both_are_served_as_quantized(qoq: Any, checkpoints: dict[str, Path], sm
         # A float32 sum in another order may move a code now and then.
         assert float((found - expected).norm() / expected.norm()) < 5e-3
         logits[key_rotation] = expected
-        report = qoq("verify", folder, "--against", small_model, "--json").json
-        recorded = served.checkpoint.manifest["blocks"]
-        for row, record in zip(report["against"], recorded, strict=True):  # not the same text, so not the same error
-            assert 0.5 < row["output_error"] / record["output_error"] < 2
     assert float((logits["none"] - logits["hadamard"]).norm() / logits["none"].norm()) > 1e-2
+
+
+def test_against_the_16_bit_model_keys_are_rotated(qoq: Any, checkpoints: dict[str, Path], small_model: Path) -> None:
+    report = qoq("verify", checkpoints["hadamard"], "--against", small_model, "--json").json
+    served = open_served(checkpoints["hadamard"])
+    for row, record in zip(report["against"], served.checkpoint.manifest["blocks"], strict=True):
+        assert 0.5 < row["output_error"] / record["output_error"] < 2, "not the same text, but about the same error"
+
+    def error(served: ServedModel) -> float:
+        rows = compare(served, *open_model(small_model), WINDOWS, device=torch.device("cpu"), on_block=lambda _: None)
+        return next(rows).output_error
+
+    plain = replace(served.checkpoint.quantization, key_rotation="none")
+    assert error(served) != error(replace(served, checkpoint=replace(served.checkpoint, quantization=plain)))
 
 
 def test_evaluation_says_which_and_16_bits_have_none(qoq: Any, checkpoints: dict[str, Path], text_file: Path) -> None:
