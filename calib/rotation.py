@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qoq.calib.hadamard import rotate, split_order
 from qoq.calib.skeleton import Skeleton, build_skeleton
+from qoq.calib.streaming import load_finite
 from qoq.formats.safetensors_file import TensorInfo
 from qoq.formats.sources import TensorSource
 from qoq.recipes.errors import InputError
@@ -26,6 +27,8 @@ _TABLE_ROWS = 8192
 
 class RotatedSource:
     """The tensors of a model after rotation, worked out in float64 and given in float32, as they are asked for.
+
+    `load` raises InputError for a tensor of the model, by its own name, that is not finite.
 
     It has an lm_head of its own even where the model's is its embedding: the final norm's gain is folded into it.
     """
@@ -56,9 +59,10 @@ class RotatedSource:
         family = self._skeleton.family
         if name == self._head:
             gain = self._exact(f"{family.final_norm}.weight")
-            return _rotated_table(self._source.load(self._embedding if self._skeleton.is_tied else name), gain)
+            table = load_finite(self._source, self._embedding if self._skeleton.is_tied else name)
+            return _rotated_table(table, gain)
         if name == self._embedding:
-            return _rotated_table(self._source.load(name), None)
+            return _rotated_table(load_finite(self._source, name), None)
         if name == f"{family.final_norm}.weight":
             return torch.ones_like(self._exact(name)).float()
         inside = self._inside_block(name)
@@ -94,7 +98,7 @@ class RotatedSource:
         return f"{blocks}{index}.", owner, part
 
     def _exact(self, name: str) -> Tensor:
-        return self._source.load(name).double()
+        return load_finite(self._source, name).double()
 
 
 def _rotated_table(table: Tensor, gain: Tensor | None) -> Tensor:

@@ -37,9 +37,9 @@ class ServedLinear(nn.Module):
         return linear_forward(x, self.weight, act_bits=self.act_bits)
 
 
-def load_float(source: TensorSource, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """One tensor as float32 on `device`. Raises InputError naming it when it holds a NaN or an infinity."""
-    tensor = source.load(name).to(device=device, dtype=torch.float32)
+def load_finite(source: TensorSource, name: str) -> Tensor:
+    """One tensor as it is stored. Raises InputError naming it when it holds a NaN or an infinity."""
+    tensor = source.load(name)
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(
@@ -47,6 +47,11 @@ def load_float(source: TensorSource, name: str, device: torch.device | str = "cp
             remedy=_DAMAGED,
         )
     return tensor
+
+
+def load_float(source: TensorSource, name: str, device: torch.device | str = "cpu") -> Tensor:
+    """One tensor as float32 on `device`. Raises InputError naming it when it holds a NaN or an infinity."""
+    return load_finite(source, name).to(device=device, dtype=torch.float32)
 
 
 def load_block_tensors(source: TensorSource, skeleton: Skeleton, index: int, device: torch.device) -> dict[str, Tensor]:

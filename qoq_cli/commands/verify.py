@@ -197,7 +197,8 @@ def _compare(
     check_device(device)
     location = resolve_model(against, hub_revision=revision, with_code=trust_remote_code, note=terminal.note)
     skeleton, source = open_model(location.path, trust_remote_code=trust_remote_code)
-    if read_manifest(folder)["recipe"].get("rotation") is not None:
+    recipe = read_manifest(folder)["recipe"]
+    if recipe.get("rotation") is not None:
         skeleton, source = rotated(skeleton, source)
     served = open_served(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -211,6 +212,7 @@ def _compare(
             skeleton,
             source,
             windows,
+            reordered=recipe.get("reorder") is not None,
             device=torch.device(device),
             on_block=lambda index: update(index + 1, total, f"block {index}"),
         )

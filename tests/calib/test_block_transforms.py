@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qoq.calib.against import compare
 from qoq.calib.block_transforms import transform_block
-from qoq.calib.plan import QuantizeRequest, make_plan
+from qoq.calib.corpus import Windows
+from qoq.calib.job import run
+from qoq.calib.plan import QuantizeRequest, make_plan, open_model
+from qoq.calib.rotation import rotated
+from qoq.calib.served import open_served
 from qoq.calib.streaming import BlockRunner, embed, load_block_tensors
 from qoq.recipes.families import Family, family_of
 from qoq.recipes.schema import OutputSmoothing, Recipe, SmoothAttention
@@ -121,3 +126,32 @@ def test_factor_twenty_and_thirty_leave_only_rounding(make_model: MakeModel, tok
     model.save()
     for name, tensor in transformed(model, windows, **recipe).items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5 * float(want[name].abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_transformed_checkpoint_is_held_against_its_model(
+    family: str, make_model: MakeModel, tokens: Tokens, tmp_path: Path
+) -> None:
+    """Errors of weights are those of rounding alone, and those of another model are large."""
+    model, windows = make_model(family, **GROUPED), tokens(4, 24)
+    recipe = Recipe(name="test", **EVERYTHING)
+    plan = make_plan(QuantizeRequest(model.folder, "random", tmp_path / "out", recipe))
+    text = Windows(windows, 4, "fingerprint", "random")
+    manifest = run(plan, lambda: text, restart=False, tool_version="0.0.1", on_progress=lambda _: None).manifest
+    served = open_served(tmp_path / "out")
+
+    def errors(of: Any, *, reordered: bool) -> dict[str, float]:
+        skeleton, source = rotated(*open_model(of.folder))
+        cpu = torch.device("cpu")
+        rows = compare(served, skeleton, source, windows, reordered=reordered, device=cpu, on_block=lambda _: None)
+        return {name: error for row in rows for name, error in row.weight_errors.items()}
+
+    for name, error in errors(model, reordered=True).items():
+        index, role = name.removeprefix("model.layers.").split(".", 1)
+        recorded = manifest["blocks"][int(index)]["linears"][role]["weight_error"]
+        # A fitted factor takes up a little of the error; lambda weighs the columns of down_proj.
+        assert 0.5 * recorded < error < 1.3 * recorded, name
+    unordered = errors(model, reordered=False)
+    assert all(error > 0.9 for name, error in unordered.items() if "mlp" in name)
+    others = errors(make_model(family, seed=1, **GROUPED), reordered=True)
+    assert min(others.values()) > 0.5

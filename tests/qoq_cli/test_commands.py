@@ -170,7 +170,9 @@ def test_recipes(qoq: Any, tmp_path: Path) -> None:
     assert "qoq-g128" in qoq("recipes").stdout
     assert [recipe["name"] for recipe in qoq("recipes", "--json").json["recipes"]] == [
         "qoq-chn",
+        "qoq-chn-best",
         "qoq-g128",
+        "qoq-g128-best",
         "rtn-chn",
         "rtn-g128",
     ]
