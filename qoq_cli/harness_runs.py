@@ -9,42 +9,16 @@ import random
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qoq.recipes.errors import InputError
+from qoq_cli.candidates import Candidate
 from qoq_cli.harness_tasks import Suite
 from qoq_cli.progress import progress
 from qoq_cli.terminal import Terminal
 
-if TYPE_CHECKING:
-    from qoq.kernels.modules import Backend
-
 _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """Those of lm-eval's command line, so that the examples in a prompt are the same."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model, and how it is run.
-
-    weights    4 or 16 bit
-    positions  the longest text, in tokens, that the model knows
-    """
-
-    label: str
-    path: Path
-    weights: int
-    act_bits: int
-    kv_bits: int
-    key_rotation: str
-    backend: Backend
-    positions: int
-    is_baseline: bool = False
-
-    @property
-    def scheme(self) -> str:
-        return f"w{self.weights}a{self.act_bits}kv{self.kv_bits}"
 
 
 @dataclass(frozen=True)
