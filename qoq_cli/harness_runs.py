@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from qoq.recipes.errors import InputError
@@ -74,7 +75,7 @@ def run_suite(
     batch_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> list[Run]:
-    """Every candidate, and beside it the same with a 16-bit cache if the suite asks for that.
+    """Every candidate, and beside it the same with a 16-bit cache if the suite asks for that; not the baseline.
 
     Raises InputError when a model knows fewer positions than are needed.
     """
@@ -177,7 +178,7 @@ def _run_candidate(terminal: Terminal, plan: _Plan, candidate: Candidate) -> lis
         trust_remote_code=plan.trust_remote_code,
     )
     variants = [candidate]
-    if plan.suite.beside_kv16 and candidate.kv_bits != 16:
+    if plan.suite.beside_kv16 and candidate.kv_bits != 16 and not candidate.is_baseline:
         variants.append(replace(candidate, kv_bits=16))
     return [_run(terminal, plan, variant, model, tokenizer) for variant in variants]
 
@@ -214,6 +215,8 @@ def _run(terminal: Terminal, plan: _Plan, candidate: Candidate, model: Any, toke
             f"{label}: {harness.shortened} of the prompts did not fit into {plan.max_length} tokens; their {lost} was "
             "left out"
         )
+    if without_value := _not_finite(found):
+        terminal.warn(f"{label}: not a finite number, and left out: {', '.join(without_value)}")
     return Run(candidate, plan.max_length, harness.shortened, _scores(found))
 
 
@@ -253,6 +256,16 @@ def _scores(found: dict[str, Any]) -> dict[str, TaskScore]:
     return scores
 
 
+def _not_finite(found: dict[str, Any]) -> list[str]:
+    """Metrics that are infinite or no number, as a model with broken weights has them."""
+    return [
+        f"{key.partition(',')[0]} of {name}"
+        for name, result in found["results"].items()
+        for key, value in result.items()
+        if "," in key and "_stderr," not in key and isinstance(value, Real) and not math.isfinite(value)
+    ]
+
+
 def _each(samples: Sequence[dict[str, Any]], metric: str, filter_name: str, value: float) -> tuple[float, ...] | None:
     """The metric of each document, in their order, if `value` is the mean of that."""
     chosen = sorted((s for s in samples if s["filter"] == filter_name), key=lambda sample: sample["doc_id"])
@@ -264,7 +277,7 @@ def _each(samples: Sequence[dict[str, Any]], metric: str, filter_name: str, valu
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _measure(run: Run, task: str, metric: str) -> Measure | None:
