@@ -14,6 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qoq.recipes.errors import InputError
+
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval is optional, so its classes may be unknown here
     """`model` for lm-eval.
@@ -62,6 +64,17 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval is optional, so its c
         self.set_cache_hook(_Counter(len(requests), self._on_requests))
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> Any:
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > self.max_length:
+            raise InputError(
+                f"an answer to be scored has {longest} tokens, and the model reads {self.max_length} at once",
+                remedy="pass a longer --seq-len, leave the task out, or take a model with a longer context",
+            )
+        if any(not answer for _, _, answer in requests):
+            raise InputError(
+                "an answer to be scored has no token of its own: it is empty, or melts into the prompt's last token",
+                remedy="check doc_to_text, doc_to_target and doc_to_choice in the task's YAML",
+            )
         self.shortened += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
@@ -91,10 +104,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval is optional, so its c
         tokens = self.tok_encode(text)
         kept = length
         while True:
-            half = kept // 2
+            half = max(kept // 2, 1)
             shorter: str = self.tok_decode(tokens[:half]) + self.tok_decode(tokens[len(tokens) - half :])
             excess = len(self.tok_encode(shorter)) - length
-            if excess <= 0 or half <= 1:
+            if excess <= 0 or half == 1:
                 return shorter
             kept -= max(excess, 2)  # the seam may be tokenized differently
 

@@ -9,48 +9,17 @@ import random
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import Any
 
 from qoq.recipes.errors import InputError
+from qoq_cli.candidates import Candidate
 from qoq_cli.harness_tasks import Suite
 from qoq_cli.progress import progress
 from qoq_cli.terminal import Terminal
 
-if TYPE_CHECKING:
-    from qoq.kernels.modules import Backend
-
 _SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """Those of lm-eval's command line, so that the examples in a prompt are the same."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model, and how it is run.
-
-    weights       4 or 16 bit
-    key_rotation  of keys in a cache of 4 or 8 bits; see `served_key_rotation`
-    positions     the longest text, in tokens, that the model knows
-    """
-
-    label: str
-    path: Path
-    weights: int
-    act_bits: int
-    kv_bits: int
-    key_rotation: str
-    backend: Backend
-    positions: int
-    is_baseline: bool = False
-
-    @property
-    def scheme(self) -> str:
-        return f"w{self.weights}a{self.act_bits}kv{self.kv_bits}"
-
-    @property
-    def served_key_rotation(self) -> str:
-        """How keys are rotated while the model runs; a cache of 16 bits leaves them as they are."""
-        return "none" if self.kv_bits == 16 else self.key_rotation
 
 
 @dataclass(frozen=True)
@@ -106,7 +75,7 @@ def run_suite(
     batch_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> list[Run]:
-    """Every candidate, and beside it the same with a 16-bit cache if the suite asks for that.
+    """Every candidate, and beside it the same with a 16-bit cache if the suite asks for that; not the baseline.
 
     Raises InputError when a model knows fewer positions than are needed.
     """
@@ -209,7 +178,7 @@ def _run_candidate(terminal: Terminal, plan: _Plan, candidate: Candidate) -> lis
         trust_remote_code=plan.trust_remote_code,
     )
     variants = [candidate]
-    if plan.suite.beside_kv16 and candidate.kv_bits != 16:
+    if plan.suite.beside_kv16 and candidate.kv_bits != 16 and not candidate.is_baseline:
         variants.append(replace(candidate, kv_bits=16))
     return [_run(terminal, plan, variant, model, tokenizer) for variant in variants]
 
@@ -246,6 +215,8 @@ def _run(terminal: Terminal, plan: _Plan, candidate: Candidate, model: Any, toke
             f"{label}: {harness.shortened} of the prompts did not fit into {plan.max_length} tokens; their {lost} was "
             "left out"
         )
+    if without_value := _not_finite(found):
+        terminal.warn(f"{label}: not a finite number, and left out: {', '.join(without_value)}")
     return Run(candidate, plan.max_length, harness.shortened, _scores(found))
 
 
@@ -285,6 +256,16 @@ def _scores(found: dict[str, Any]) -> dict[str, TaskScore]:
     return scores
 
 
+def _not_finite(found: dict[str, Any]) -> list[str]:
+    """Metrics that are infinite or no number, as a model with broken weights has them."""
+    return [
+        f"{key.partition(',')[0]} of {name}"
+        for name, result in found["results"].items()
+        for key, value in result.items()
+        if "," in key and "_stderr," not in key and isinstance(value, Real) and not math.isfinite(value)
+    ]
+
+
 def _each(samples: Sequence[dict[str, Any]], metric: str, filter_name: str, value: float) -> tuple[float, ...] | None:
     """The metric of each document, in their order, if `value` is the mean of that."""
     chosen = sorted((s for s in samples if s["filter"] == filter_name), key=lambda sample: sample["doc_id"])
@@ -296,7 +277,7 @@ def _each(samples: Sequence[dict[str, Any]], metric: str, filter_name: str, valu
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _measure(run: Run, task: str, metric: str) -> Measure | None:

@@ -23,7 +23,7 @@ def render_suite(console: Console, suite: Suite, runs: Sequence[Run]) -> None:
 
 
 def _render_run(console: Console, suite: Suite, run: Run, others: Sequence[Run]) -> None:
-    beside = [f"; 16 bit: {other.candidate.label}" for other in others if other.candidate.is_baseline]
+    beside = [f"; {_short(other)}: {other.candidate.label}" for other in others if other.candidate.is_baseline]
     table = Table(title=f"{suite.title}: {run.candidate.label}{''.join(beside)}", title_justify="left")
     table.add_column("task", overflow="fold")
     if suite.shown is None:
@@ -33,7 +33,8 @@ def _render_run(console: Console, suite: Suite, run: Run, others: Sequence[Run])
         table.add_column("metric", overflow="fold")
     table.add_column(run.candidate.scheme, justify="right", style="bold")
     for other in others:
-        table.add_column("16 bit" if other.candidate.is_baseline else other.candidate.scheme, justify="right")
+        is_16_bit = _short(other) == "16 bit"
+        table.add_column("16 bit" if is_16_bit else other.candidate.scheme, justify="right")
     for other in others:
         table.add_column(f"vs {_short(other)}", justify="right")
     for task, score in run.scores.items():
@@ -59,7 +60,9 @@ def _is_shown(suite: Suite, metric: str) -> bool:
 
 
 def _short(run: Run) -> str:
-    return "16 bit" if run.candidate.is_baseline else f"kv{run.candidate.kv_bits}"
+    if not run.candidate.is_baseline:
+        return f"kv{run.candidate.kv_bits}"
+    return "16 bit" if run.candidate.scheme == "w16a16kv16" else "baseline"
 
 
 def _metric(metric: str, measure: Measure) -> str:

@@ -17,7 +17,6 @@ from qoq.recipes.errors import EnvironmentProblem, InputError
 
 OLDEST: Final = "0.4.13"
 INSTALL: Final = "pip install 'qoq[lm-eval]'"
-_DEFAULT_NEW_TOKENS = 256
 _FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml", "webdataset")
 _PROBE_SECONDS = 10
 
@@ -31,7 +30,7 @@ class Suite:
     loaded          what lm-eval's TaskManager gives: tasks and groups by name
     shown           the only metric that the table shows, or None for all
     keeps_both_ends prompts that are too long lose tokens in their middle; otherwise at their beginning
-    beside_kv16     every model whose cache has fewer bits is run once more with a 16-bit one
+    beside_kv16     every model but the baseline whose cache has fewer bits is run once more with a 16-bit one
     batch_size      requests that run at once, unless the user says so
     """
 
@@ -45,8 +44,10 @@ class Suite:
 
     def longest_answer(self) -> tuple[int, str]:
         """Tokens that a task lets the model write at most, and the name of that task; (0, "") when none writes."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         answers = [
-            (int((task.get_config("generation_kwargs") or {}).get("max_gen_toks", _DEFAULT_NEW_TOKENS)), str(name))
+            (int(normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["max_gen_toks"]), str(name))
             for name, task in self.loaded["tasks"].items()
             if task.get_config("output_type") == "generate_until"
         ]
@@ -105,6 +106,8 @@ def load_tasks(
     `given` is what the user wrote after `option`, for messages.
     Raises InputError for tasks that cannot be run, EnvironmentProblem when their data or a package is missing.
     """
+    from jinja2 import TemplateError
+
     configs = [config for name in names for config in _configs(manager.task_index, name)]
     hub = list(dict.fromkeys(path for config in configs if (path := _hub_dataset(config)) is not None))
     for dataset in hub:
@@ -124,7 +127,7 @@ def load_tasks(
             remedy="check the files, and what a task's YAML says in dataset_path and data_files: relative paths there "
             "start at the current folder",
         ) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TemplateError, TypeError, ValueError) as error:
         if str(error).startswith("Couldn't find cache"):  # how `datasets` says that it is offline
             raise _unreachable(", ".join(hub[:3]), option, error) from error
         raise InputError(

@@ -16,7 +16,7 @@ from qoq.recipes.errors import EnvironmentProblem, InputError
 from qoq_cli.harness_tasks import Suite, close_names, load_tasks, require_lm_eval
 
 DEFAULT: Final = ("qasper", "qmsum", "multi_news", "trec", "triviaqa", "samsum", "lcc", "repobench-p")
-"""The eight English tasks that papers on KV-cache quantization report, first KIVI (arXiv 2402.02750)."""
+"""Those of KIVI's script for LongBench (https://github.com/jy-yuan/KIVI, pred_long_bench.py)."""
 _OPTION = "--longbench"
 _PREFIX = "longbench_"
 _AVERAGE = "longbench (mean)"

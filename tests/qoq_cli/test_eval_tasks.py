@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -84,10 +86,13 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log_likelihood(logits_of: Any, tokenizer: Any, context: str, continuation: str) -> float:
-    """Of the tokens that `continuation` adds to `context`, after a space, in nats."""
+    """Of the tokens that `continuation` adds to `context`, after a space, in nats.
+
+    The model does not read the last token, here as in lm-eval: float32 sums of another length may move a code by one.
+    """
     before = tokenizer(context)["input_ids"]
     tokens = torch.tensor(tokenizer(f"{context} {continuation}")["input_ids"])
-    log_probs = torch.log_softmax(logits_of(tokens[None])[0].double(), dim=-1)
+    log_probs = torch.log_softmax(logits_of(tokens[None, :-1])[0].double(), dim=-1)
     positions = range(len(before) - 1, len(tokens) - 1)
     return sum(float(log_probs[at, tokens[at + 1]]) for at in positions)
 
@@ -116,12 +121,13 @@ def of_streamed(folder: Path, *, act_bits: int, kv_bits: int) -> Any:
     return lambda tokens: torch.stack(list(model.logits(tokens)))
 
 
-def accuracy(logits_of: Any, tokenizer: Any) -> float:
-    right = 0
+def right_answers(logits_of: Any, tokenizer: Any) -> list[float]:
+    """1 for each question where the right continuation is the likeliest, 0 for the others."""
+    right = []
     for row in questions():
         scores = [log_likelihood(logits_of, tokenizer, row["question"], choice) for choice in row["choices"]]
-        right += scores.index(max(scores)) == row["answer"]
-    return right / len(questions())
+        right.append(float(scores.index(max(scores)) == row["answer"]))
+    return right
 
 
 def perplexity(logits_of: Any, tokenizer: Any) -> float:
@@ -186,11 +192,17 @@ def test_accuracy_is_that_of_an_independent_scorer(qoq: Any, task_folder: Path, 
     assert (baseline["model"], baseline["scheme"], baseline["backend"]) == ("tiny", "w16a16kv16", "reference")
     assert (served["model"], served["scheme"], served["backend"]) == (str(tiny_checkpoint), "w4a8kv4", "reference")
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder())
-    for run, folder in ((baseline, tiny_folder()), (served, tiny_checkpoint)):
+    before, after = (right_answers(of_transformers(folder), tokenizer) for folder in (tiny_folder(), tiny_checkpoint))
+    for run, right in ((baseline, before), (served, after)):
         assert run["tasks"]["toy_choice"]["documents"] == 24
         assert run["tasks"]["toy_choice"]["num_fewshot"] == 0
-        assert value(run, "toy_choice", "acc,none") == pytest.approx(accuracy(of_transformers(folder), tokenizer))
+        assert value(run, "toy_choice", "acc,none") == pytest.approx(sum(right) / 24)
         assert value(run, "toy_choice", "acc,none") > 0.3  # guessing gives a quarter
+    (between,) = outcome.json["tasks"]["differences"]
+    assert between["tasks"]["toy_choice"]["acc,none"] == {
+        "value": pytest.approx((sum(after) - sum(before)) / 24),
+        "stderr": pytest.approx(paired_standard_error(after, before)),
+    }
     shown = qoq(*args)
     assert f"{value(served, 'toy_choice', 'acc,none'):.4f}" in shown.stdout
     assert "16 bit: tiny" in " ".join(shown.stdout.split())
@@ -271,6 +283,26 @@ def test_the_same_again_gives_the_same(qoq: Any, task_folder: Path, tiny_checkpo
 
 
 @needs_lm_eval
+def test_every_model_gets_the_same_prompts(qoq: Any, task_folder: Path, tmp_path: Path) -> None:
+    """Examples are drawn from a generator, and the first model leaves it in another state."""
+    twin = shutil.copytree(tiny_folder(), tmp_path / "twin")
+    args = ("--tasks", "toy_choice", "--task-path", task_folder, "--num-fewshot", 3, "--seq-len", 200, "--json")
+    one, other = qoq("eval", "tiny", twin, *args).json["tasks"]["runs"]
+    assert one["tasks"] == other["tasks"]
+    assert one["shortened_prompts"] == other["shortened_prompts"]
+
+
+@needs_lm_eval
+def test_a_checkpoint_as_the_baseline_is_not_called_16_bit(qoq: Any, task_folder: Path, tiny_checkpoint: Path) -> None:
+    args = ("--tasks", "toy_choice", "--task-path", task_folder, "--limit", 2)
+    shown = " ".join(qoq("eval", "tiny", "--baseline", tiny_checkpoint, *args).stdout.split())
+    assert f"baseline: {tiny_checkpoint}" in shown
+    assert "vs baseline" in shown
+    assert "w4a8kv4" in shown
+    assert "16 bit" not in shown
+
+
+@needs_lm_eval
 def test_perplexity_is_not_measured_unasked(qoq: Any, task_folder: Path) -> None:
     outcome = qoq("eval", "tiny", "--tasks", "toy_choice", "--task-path", task_folder, "--limit", 2, "--json")
     assert outcome.json["texts"] == {}
@@ -324,6 +356,39 @@ def test_folders_and_files_that_cannot_be_used(fails: Any, task_folder: Path, tm
     assert "toy_choice" in fails(2, "eval", "tiny", *twice)
     long = ("--tasks", "toy_choice", "--task-path", task_folder, "--seq-len", 99999)
     assert "knows 512 positions" in fails(2, "eval", "tiny", *long)
+    short = ("--tasks", "toy_choice", "--task-path", task_folder, "--seq-len", 2)
+    assert "tokens, and the model reads 2 at once" in fails(2, "eval", "tiny", *short)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("template", ["{{qestion}}", "{{question"])
+def test_a_wrong_template_is_one_error(template: str, fails: Any, task_folder: Path, tmp_path: Path) -> None:
+    text = (task_folder / "choice.yaml").read_text(encoding="utf-8").replace("{{question}}", template)
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert "lm-eval cannot load this" in fails(2, "eval", "tiny", "--tasks", "toy_choice", "--task-path", tmp_path)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens"])
+def test_answers_that_do_not_fit(name: str, fails: Any, task_folder: Path, tmp_path: Path) -> None:
+    text = (task_folder / "likelihood.yaml").read_text(encoding="utf-8").replace("loglikelihood", "generate_until")
+    text = re.sub("metric_list: .*", "metric_list: [{metric: exact_match}]", text)
+    (tmp_path / "a.yaml").write_text(f"{text}generation_kwargs: {{{name}: 4000}}\n", encoding="utf-8")
+    message = fails(2, "eval", "tiny", "--tasks", "toy_likelihood", "--task-path", tmp_path)
+    assert "toy_likelihood lets the model write 4000 tokens" in message
+
+
+@needs_lm_eval
+def test_a_metric_that_is_no_number_is_named(
+    qoq: Any, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_likelihoods(model: Any, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return [(float("nan"), False) for _ in requests]
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.loglikelihood", log_likelihoods)
+    outcome = qoq("eval", "tiny", "--tasks", "toys", "--task-path", task_folder, "--limit", 3, "--json")
+    assert "not a finite number, and left out: perplexity of toy_likelihood" in " ".join(outcome.stderr.split())
+    assert set(outcome.json["tasks"]["runs"][0]["tasks"]) == {"toy_choice"}
 
 
 @needs_lm_eval

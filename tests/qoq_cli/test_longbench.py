@@ -104,6 +104,15 @@ def test_a_16_bit_cache_is_not_measured_twice(qoq: Any, tiny_checkpoint: Path, t
     assert [run["scheme"] for run in qoq(*args).json["longbench"]["runs"]] == ["w4a8kv16"]
 
 
+def test_the_cache_of_a_baseline_is_not_measured_twice(qoq: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It is what the others are compared with; a second one would be one too many."""
+    write(tmp_path / "data", "lcc", rows(1))
+    args = ("eval", "tiny", "--baseline", tiny_checkpoint, "--longbench", tmp_path / "data", "--limit", 1, "--json")
+    found = qoq(*args).json["longbench"]
+    assert [run["scheme"] for run in found["runs"]] == ["w4a8kv4", "w16a16kv16"]
+    assert len(found["differences"]) == 1
+
+
 def test_long_prompts_lose_their_middle(qoq: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     write(tmp_path / "data", "trec", [row | {"all_classes": ["a", "b"], "answers": ["a"]} for row in rows(2, 4000)])
     outcome = qoq("eval", tiny_checkpoint, "--longbench", tmp_path / "data", "--seq-len", 300, "--json")
