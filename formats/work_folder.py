@@ -184,7 +184,7 @@ class WorkFolder:
             free = shutil.disk_usage(self.path).free
         if free + held < needed:
             raise EnvironmentProblem(
-                f"{self.output}: {free / 1e9:.2f} GB are free on this disk, and the run needs {needed / 1e9:.2f} GB",
+                f"{self.output}: {free / 1e6:,.1f} MB are free on this disk, and the run needs {needed / 1e6:,.1f} MB",
                 remedy="free some space, or choose another --output; nothing was written",
             )
 
