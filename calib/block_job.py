@@ -77,7 +77,7 @@ def quantize_block_(plan: Plan, index: int, streams: Tensor, runner: BlockRunner
     output_error, linear_errors = _advance_(plan, index, tensors, rounded.decoded, kept, streams, runner, tick)
     linears = {
         name: LinearRecord(
-            weight_error=relative_error(linear.dequantize(), tensors[f"{name}.weight"].cpu()),
+            weight_error=relative_error(rounded.decoded[name].dequantize(), tensors[f"{name}.weight"]),
             output_error=linear_errors[name].value,
             level1_absmax=int(linear.level1().abs().max()),
             fallback=rounded.fallbacks.get(name),

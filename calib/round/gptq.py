@@ -114,21 +114,22 @@ def gptq(
     """
     in_features, moments = weight.shape[1], inputs.moments
     squares = moments.matrix.diagonal()
+    plain = search_grid(weight, group_size, squares) if search else Grid.of(weight, group_size)
+    nearest = plain.nearest(plain.units(weight))
 
-    def nearest(reason: str) -> Rounded:
-        grid = search_grid(weight, group_size, squares) if search else Grid.of(weight, group_size)
-        return Rounded(grid.linear(grid.nearest(grid.units(weight)), bias, in_features), reason)
+    def fallen_back(reason: str) -> Rounded:
+        return Rounded(plain.linear(nearest, bias, in_features), reason)
 
     if moments.tokens < in_features:
-        return nearest(f"{moments.tokens} calibration tokens for {in_features} inputs")
+        return fallen_back(f"{moments.tokens} calibration tokens for {in_features} inputs")
     if inputs.factor is None:
-        return nearest("the moments of its inputs are not positive definite")
+        return fallen_back("the moments of its inputs are not positive definite")
     wanted = inputs.wanted(weight).masked_fill(squares <= 0, 0)
     grid = search_grid(wanted, group_size, inputs.cost[:in_features]) if search else Grid.of(wanted, group_size)
     codes = _round_in_order(grid, wanted, inputs.order, inputs.factor)
-    linear, plain = grid.linear(codes, bias, in_features), nearest("GPTQ gains nothing on the calibration text")
-    losses = [_loss(found, wanted, moments.matrix) for found in (linear, plain.linear)]
-    return Rounded(linear, None) if losses[0] < losses[1] else plain
+    if not _loss(grid, codes, wanted, moments.matrix) < _loss(plain, nearest, wanted, moments.matrix):
+        return fallen_back("GPTQ gains nothing on the calibration text")
+    return Rounded(grid.linear(codes, bias, in_features), None)
 
 
 def _padded(matrix: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def _round_in_order(grid: Grid, weight: Tensor, order: Tensor, factor: Tensor) -
     return codes
 
 
-def _loss(linear: QuantizedLinear, weight: Tensor, matrix: Tensor) -> float:
-    """tr(D H D^T) for the change D of weight [N, K] that a quantized layer means."""
-    change = (linear.dequantize().to(weight.device) - weight).double()
+def _loss(grid: Grid, codes: Tensor, weight: Tensor, matrix: Tensor) -> float:
+    """tr(D H D^T) for the change D of weight [N, K] that codes [N, K_padded] mean."""
+    change = (grid.weight(codes)[:, : weight.shape[1]] - weight).double()
     return float(((change @ matrix) * change).sum())

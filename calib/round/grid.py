@@ -61,10 +61,13 @@ class Grid:
             return torch.ones_like(zeros), zeros
         return self.s2.repeat_interleave(GROUP_SIZE, dim=1), self.zeros.repeat_interleave(GROUP_SIZE, dim=1)
 
-    def values(self, codes: Tensor) -> Tensor:
-        """What codes [N, K_padded] mean, in units of s1, float32."""
+    def weight(self, codes: Tensor) -> Tensor:
+        """What codes [N, K_padded] decode to, as `QuantizedLinear.dequantize` has it: float32, on the grid's device."""
+        s1 = self.s1.float().unsqueeze(1)
+        if self.s2 is None:
+            return codes * s1 - (self.zeros * s1).to(torch.float16).float()
         scale, zero = self.spread(codes.shape[1])
-        return (codes - zero) * scale
+        return (codes - zero) * scale * s1
 
     def nearest(self, units: Tensor) -> Tensor:
         """The nearest codes of units [N, K_padded], float32.

@@ -114,3 +114,12 @@ def test_gptq_starts_from_the_searched_grid(group_size: int | None) -> None:
         zeros = search_grid(weight, group_size, inputs.cost).zeros
         assert torch.equal(linear.zeros.values.float(), zeros) == search
     assert losses[1] < losses[0]
+
+
+@MODES
+def test_a_grid_decodes_as_the_layer_does(group_size: int | None) -> None:
+    weight = weights(32, 200, 9) * torch.exp2(torch.arange(32.0) - 16).unsqueeze(1)
+    grid = search_grid(weight, group_size, None)
+    codes = grid.nearest(grid.units(weight))
+    decoded = grid.linear(codes, None, 200).dequantize()
+    assert torch.equal(grid.weight(codes)[:, :200], decoded)
