@@ -149,7 +149,7 @@ def _advance_(
         streams[0, rows].copy_(served)
         if len(streams) == 2:
             streams[1, rows].copy_(runner(index, exact_block, batch[1]))
-        tick("advancing", 0.5 / batches)
+        tick("advancing", 0.3 / batches)
     if not bool(torch.isfinite(streams).all()):
         raise InputError(
             f"block {index}: NaN or infinite activations",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -56,18 +57,18 @@ def round_block(
                     remedy="calibrate on more text, or leave out --strict to round this linear to nearest",
                 )
             done.decoded[name] = IntegerWeight.decode(done.linears[name], runner.device)
-            tick(f"rounding {name}", 0.1 / len(family.roles))
+            tick(f"rounding {name}", 0.14 / len(family.roles))
     return done
 
 
 def _round_one(plan: Plan, name: str, tensors: dict[str, Tensor], inputs: Inputs | None, done: RoundedBlock) -> None:
     recipe = plan.request.recipe
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    searches = recipe.grid == "search"
+    options: dict[str, Any] = {"search": recipe.grid == "search", "zero_domain": recipe.zero_domain}
     if inputs is None:
-        done.linears[name] = round_to_nearest(weight, bias, recipe.group_size, search=searches)
+        done.linears[name] = round_to_nearest(weight, bias, recipe.group_size, **options)
         return
-    result = gptq(weight, bias, recipe.group_size, inputs, search=searches)
+    result = gptq(weight, bias, recipe.group_size, inputs, **options)
     done.linears[name] = result.linear
     if result.fallback is not None:
         done.fallbacks[name] = result.fallback
@@ -104,7 +105,7 @@ def _observe(
             for block, hidden in zip((served, exact), batch, strict=False)
         ]
         observer.add(*seen)
-        tick("observing inputs", 0.05 / batches)
+        tick("observing inputs", 0.06 / batches)
     try:
         return Inputs.of(observer.moments(), damping=spec.damping)
     except ValueError as error:

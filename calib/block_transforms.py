@@ -69,7 +69,7 @@ def _transform_mlp(
     batches = -(-hidden.shape[0] // runner.batch)
     for _, batch in runner.batches(hidden):
         observed.run(partial(runner, index, block, batch))
-        tick("observing the MLP", 0.1 / batches)
+        tick("observing the MLP", 0.08 / batches)
     absmax, alpha, transformed = observed.absmax, None, tensors
     if not bool(torch.isfinite(absmax).all()):
         raise InputError(
@@ -99,7 +99,7 @@ def _align_keys(
     batches = -(-hidden.shape[0] // runner.batch)
     for _, batch in runner.batches(hidden):
         observe(attention, seen, partial(runner, index, block, batch))
-        tick("observing keys", 0.05 / batches)
+        tick("observing keys", 0.04 / batches)
     if not bool(torch.isfinite(seen.total).all()):
         raise InputError(
             f"block {index}: NaN or infinite keys",
@@ -123,7 +123,7 @@ def _smooth_attention(
     ranges_seen = RangeObserver()
     for _, batch in runner.batches(hidden):
         observe(attention, ranges_seen, partial(runner, index, block, batch))
-        tick("observing", 0.1 / batches)
+        tick("observing", 0.05 / batches)
     if not ranges_seen.is_finite:
         raise InputError(
             f"block {index}: NaN or infinite keys or queries",
@@ -138,7 +138,7 @@ def _smooth_attention(
         for _, batch in runner.batches(hidden):
             if not search.is_done:
                 observe(attention, search, partial(runner, index, block, batch))
-            tick("searching", 0.3 / batches)
+            tick("searching", 0.15 / batches)
         smoothing = choose(candidates, search.errors, spec, shared=is_shared)
     else:
         smoothing = Smoothing(candidates[0], (spec.alpha,) * candidates.shape[1])

@@ -13,18 +13,16 @@ N is a multiple of 32, K (padded) of 128.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qoq.formats.quantized_linear import CODE_MAX, S2_MAX, QuantizedLinear, S2Offsets, ZeroPoints
-from qoq.recipes.schema import GROUP_SIZE
+from qoq.recipes.schema import GROUP_SIZE, ZeroDomain
 
 TILE = 32
 PACKED_PARTS = ("qweight", "s1_scales", "s1_szeros", "s2_scales", "s2_zeros", "bias")
 """Every name a packed tensor can have; `packed_shapes` says which a linear has."""
-ZeroDomain = Literal["pre_scale", "post_scale"]
 
 
 def padded_in_features(in_features: int) -> int:

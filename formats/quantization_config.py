@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from qoq.formats.packing import ZeroDomain
 from qoq.recipes.errors import InputError
-from qoq.recipes.schema import KeyRotation
+from qoq.recipes.schema import KeyRotation, ZeroDomain
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "qoq"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
-from qoq.formats.packing import ZeroDomain, packed_shapes, unpack_linear
+from qoq.formats.packing import packed_shapes, unpack_linear
 from qoq.formats.quantized_linear import QuantizedLinear
 from qoq.recipes.errors import EnvironmentProblem, InputError
+from qoq.recipes.schema import ZeroDomain
 
 Backend = Literal["auto", "reference", "kernels"]
 """auto: kernels where they can run. kernels: an error where they cannot."""

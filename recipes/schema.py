@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 GROUP_SIZE = 128
 """The only level-2 group size; the packed kernels read no other."""
 
+ZeroDomain = Literal["pre_scale", "post_scale"]
 KeyRotation = Literal["none", "hadamard"]
 """What queries and keys are multiplied by after RoPE, head by head, before keys are quantized."""
 
@@ -85,9 +86,12 @@ class Recipe(_Frozen):
     """How a model becomes a W4A8KV4 checkpoint.
 
     `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
+    `zero_domain`: zeros of a group are whole in codes ("pre_scale") or, finer, in level-1 units ("post_scale").
     `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
     applied. `rotation`: norm gains are folded into the linears that follow, and hidden states and values rotated.
     `reorder`: inputs of down_proj are sorted by their absmax, so that those of a group are alike.
+    `align_keys`: RoPE pairs of keys are turned so that their mean lies on the diagonal, which narrows the range of a
+    head; not in families whose keys have norms of their own.
     `key_rotation`: "hadamard" rotates queries and keys after RoPE, while the model runs, so that a quantized key cache
     loses less to outlier channels. Only a runtime that rotates (qoq's own) can serve such a checkpoint; any can "none",
     which a checkpoint with a cache of 16 bits always says.
@@ -98,7 +102,7 @@ class Recipe(_Frozen):
     name: str = Field(pattern=r"^[\w.-]+$")
     description: str = ""
     group_size: Literal[128] | None = 128
-    zero_domain: Literal["pre_scale"] = "pre_scale"
+    zero_domain: ZeroDomain = "pre_scale"
     rounding: Literal["rtn", "gptq"] = "rtn"
     gptq: Gptq = Gptq()
     grid: Literal["range", "search"] = "range"
@@ -123,6 +127,18 @@ class Recipe(_Frozen):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
         return patterns
+
+    @model_validator(mode="after")
+    def _check_zeros(self) -> Recipe:
+        if self.zero_domain == "post_scale" and self.group_size is None:
+            raise ValueError("zero_domain post_scale needs groups: group_size is 128")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Recipe:
+        if self.align_keys is not None and self.key_rotation != "none":
+            raise ValueError("align_keys and key_rotation exclude each other: rotated, an aligned mean is an outlier")
+        return self
 
     @property
     def scheme(self) -> str:

@@ -19,6 +19,7 @@ from qoq.calib.round.grid import Grid
 from qoq.calib.round.grid_search import search_grid
 from qoq.formats.packing import padded_in_features
 from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.recipes.schema import ZeroDomain
 
 _CHANCE, _LEAST_DAMPING = 1.5, 0.005
 """On SmolLM2, H of 8192 tokens generalizes best to others with damping near 1.5 K / tokens."""
@@ -105,6 +106,7 @@ def gptq(
     inputs: Inputs,
     *,
     search: bool = False,
+    zero_domain: ZeroDomain = "pre_scale",
 ) -> Rounded:
     """Quantize weight float32 [N, K] for these inputs, on the weight's device; the result is on the CPU.
 
@@ -114,7 +116,13 @@ def gptq(
     """
     in_features, moments = weight.shape[1], inputs.moments
     squares = moments.matrix.diagonal()
-    plain = search_grid(weight, group_size, squares) if search else Grid.of(weight, group_size)
+
+    def grid_for(weight: Tensor, cost: Tensor) -> Grid:
+        if search:
+            return search_grid(weight, group_size, cost, zero_domain)
+        return Grid.of(weight, group_size, zero_domain)
+
+    plain = grid_for(weight, squares)
     nearest = plain.nearest(plain.units(weight))
 
     def fallen_back(reason: str) -> Rounded:
@@ -125,7 +133,7 @@ def gptq(
     if inputs.factor is None:
         return fallen_back("the moments of its inputs are not positive definite")
     wanted = inputs.wanted(weight).masked_fill(squares <= 0, 0)
-    grid = search_grid(wanted, group_size, inputs.cost[:in_features]) if search else Grid.of(wanted, group_size)
+    grid = grid_for(wanted, inputs.cost[:in_features])
     codes = _round_in_order(grid, wanted, inputs.order, inputs.factor)
     if not _loss(grid, codes, wanted, moments.matrix) < _loss(plain, nearest, wanted, moments.matrix):
         return fallen_back("GPTQ gains nothing on the calibration text")

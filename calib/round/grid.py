@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qoq.calib.round.columns import nearest
 from qoq.formats.packing import padded_in_features
-from qoq.formats.quantized_linear import CODE_MAX, PROTECTIVE_QMAX, QuantizedLinear, ZeroPoints
-from qoq.recipes.schema import GROUP_SIZE
+from qoq.formats.quantized_linear import CODE_MAX, PROTECTIVE_QMAX, QuantizedLinear, S2Offsets, ZeroPoints
+from qoq.recipes.schema import GROUP_SIZE, ZeroDomain
 
 _FLOAT16 = torch.finfo(torch.float16)
 
@@ -21,7 +21,7 @@ class Grid:
 
     s1      float16 [N]; a weight counts in units of it
     s2      float32 [N, G] on the progressive grid, with G groups of 128 (K padded); None for one level per channel
-    zeros   float32 [N, G], or [N, 1] per channel
+    zeros   float32 [N, G], or [N, 1] per channel; in codes, and whole, but where they are `offsets`
     limit   units beyond which a weight is clamped before it is rounded, so that no code leaves int8
     """
 
@@ -29,10 +29,12 @@ class Grid:
     s2: Tensor | None
     zeros: Tensor
     limit: float
+    offsets: bool = False
+    """Zeros are whole in units of s1 (post-scale), not in codes: zeros * s2 are the offsets that are stored."""
 
     @staticmethod
-    def of(weight: Tensor, group_size: int | None) -> Grid:
-        """The grid that spans rows and groups of weight float32 [N, K].
+    def of(weight: Tensor, group_size: int | None, zero_domain: ZeroDomain = "pre_scale") -> Grid:
+        """The grid that spans rows and groups of weight float32 [N, K]. Post-scale zeros need groups.
 
         Raises ValueError when a scale does not fit float16.
         """
@@ -48,6 +50,8 @@ class Grid:
         groups = units.view(weight.shape[0], -1, GROUP_SIZE)
         high, low = groups.amax(dim=2).clamp(min=0), groups.amin(dim=2).clamp(max=0)
         s2 = torch.round((high - low) / CODE_MAX).clamp(min=1)
+        if zero_domain == "post_scale":
+            return Grid(s1, s2, (torch.round(-low) / s2).clamp(0, CODE_MAX), PROTECTIVE_QMAX, offsets=True)
         return Grid(s1, s2, torch.round(-low / s2).clamp(0, CODE_MAX), PROTECTIVE_QMAX)
 
     def units(self, weight: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ class Grid:
         if self.s2 is None:
             return codes * s1 - (self.zeros * s1).to(torch.float16).float()
         scale, zero = self.spread(codes.shape[1])
-        return (codes - zero) * scale * s1
+        return torch.round((codes - zero) * scale) * s1
 
     def nearest(self, units: Tensor) -> Tensor:
         """The nearest codes of units [N, K_padded], float32.
@@ -82,10 +86,15 @@ class Grid:
             codes=codes.to(torch.uint8).cpu(),
             s1_scales=self.s1.cpu(),
             s2_scales=None if self.s2 is None else self.s2.to(torch.uint8).cpu(),
-            zeros=ZeroPoints(self.zeros.to(torch.uint8).cpu()),
+            zeros=self._stored_zeros(),
             bias=None if bias is None else bias.to(torch.float16).cpu(),
             in_features=in_features,
         )
+
+    def _stored_zeros(self) -> ZeroPoints | S2Offsets:
+        if self.offsets and self.s2 is not None:
+            return S2Offsets(torch.round(self.zeros * self.s2).to(torch.uint8).cpu())
+        return ZeroPoints(self.zeros.to(torch.uint8).cpu())
 
 
 def padded(weight: Tensor) -> Tensor:

@@ -8,27 +8,32 @@ weighted by their mean square. On the progressive grid level-2 scales are intege
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qoq.calib.round.grid import Grid, padded, scales_float16
 from qoq.formats.quantized_linear import CODE_MAX
-from qoq.recipes.schema import GROUP_SIZE
+from qoq.recipes.schema import GROUP_SIZE, ZeroDomain
 
 _NARROWER = 6
 """Level-2 scales that are tried below the one that spans the group: at 4 bits, half of a range is always too little."""
 _SHARES = tuple(1 - i / 40 for i in range(25))
 """Of the range of a row, with one level per channel."""
 _STEPS_OFF = (0, -1, 1, -2, 2)
+_PARTS_OFF = tuple(i / 4 for i in range(-6, 7))
+"""Steps by which zeros are tried around the one that centres the range; parts of them where zeros need not be codes."""
 
 
-def search_grid(weight: Tensor, group_size: int | None, importance: Tensor | None) -> Grid:
+def search_grid(
+    weight: Tensor, group_size: int | None, importance: Tensor | None, zero_domain: ZeroDomain = "pre_scale"
+) -> Grid:
     """The grid for weight float32 [N, K]; importance [K], not negative, weighs the squared errors of inputs.
 
     Raises ValueError when a scale does not fit float16.
     """
-    start = Grid.of(weight, group_size)
+    start = Grid.of(weight, group_size, zero_domain)
     weights = padded(torch.ones(1, weight.shape[1], device=weight.device) if importance is None else importance[None])
     weights = weights.float()
     if group_size is None:
@@ -44,12 +49,12 @@ def _search_groups(start: Grid, units: Tensor, importance: Tensor) -> Grid:
     best = _Best(*(torch.empty_like(high) for _ in range(2)))
     for narrower in range(_NARROWER + 1):
         s2 = (widest - narrower).clamp(min=1)
-        for zeros in _zeros(low, high, s2):
+        for zeros in _offsets(low, high, s2) if start.offsets else _zeros(low, high, s2):
             scale, zero = s2.unsqueeze(2), zeros.unsqueeze(2)
             codes = torch.round(grouped / scale + zero).clamp_(0, CODE_MAX)
             errors = ((codes - zero) * scale - grouped).square_().mul_(importance).sum(dim=2)
             best.offer(errors, s2, zeros)
-    return Grid(start.s1, best.scale, best.zeros, start.limit)
+    return replace(start, s2=best.scale, zeros=best.zeros)
 
 
 def _search_channels(start: Grid, weight: Tensor, importance: Tensor) -> Grid:
@@ -74,6 +79,13 @@ def _zeros(low: Tensor, high: Tensor, scale: Tensor) -> Iterator[Tensor]:
     centred = torch.round(-(low + cut) / scale)
     for off in _STEPS_OFF:
         yield (centred + off).clamp(0, CODE_MAX)
+
+
+def _offsets(low: Tensor, high: Tensor, s2: Tensor) -> Iterator[Tensor]:
+    """The same in level-1 units, divided by the scale again."""
+    cut = ((high - low) - CODE_MAX * s2).clamp(min=0) / 2
+    for off in _PARTS_OFF:
+        yield torch.round((off * s2 - (low + cut)).clamp(min=0).minimum(CODE_MAX * s2)) / s2
 
 
 class _Best:

@@ -7,17 +7,23 @@ from torch import Tensor
 from qoq.calib.round.grid import Grid
 from qoq.calib.round.grid_search import search_grid
 from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.recipes.schema import ZeroDomain
 
 
 def round_to_nearest(
-    weight: Tensor, bias: Tensor | None, group_size: int | None, *, search: bool = False
+    weight: Tensor,
+    bias: Tensor | None,
+    group_size: int | None,
+    *,
+    search: bool = False,
+    zero_domain: ZeroDomain = "pre_scale",
 ) -> QuantizedLinear:
     """Quantize weight float32 [N, K] with its bias [N], on the weight's device; the result is on the CPU.
 
     group_size 128: int8 scale per channel, then uint4 codes with integer scale and zero per group (QServe paper,
     section 4.1). None: uint4 codes with one scale and zero per channel. K is padded to a multiple of 128 with codes
-    that decode to zero. `search`: scales and zeros by the error they leave, else by ranges. Raises ValueError when a
-    scale or the bias does not fit float16.
+    that decode to zero, or next to it where post-scale zeros have no code for it. `search`: scales and zeros by the
+    error they leave, else by ranges. Raises ValueError when a scale or the bias does not fit float16.
     """
-    grid = search_grid(weight, group_size, None) if search else Grid.of(weight, group_size)
+    grid = search_grid(weight, group_size, None, zero_domain) if search else Grid.of(weight, group_size, zero_domain)
     return grid.linear(grid.nearest(grid.units(weight)), bias, weight.shape[1])

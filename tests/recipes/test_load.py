@@ -95,6 +95,8 @@ def test_recipes_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("{align_keys: mean, key_rotation: hadamard}", "exclude each other"),
+        ("{gptq: {damping: none}}", "damping"),
         ("kv_bit: 4", "kv_bit: Extra inputs"),
         ("calibration: {sample: 4}", "calibration.sample: Extra inputs"),
         ("smooth_attention: {beta1: 4}", "smooth_attention.beta1: Extra inputs"),

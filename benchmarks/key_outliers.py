@@ -1,11 +1,11 @@
-"""What quantization costs on one model: a table of perplexities, with and without outliers injected into the keys.
+"""What outliers in the keys cost, and what SmoothAttention takes back: a table of perplexities on one model.
 
-Every number comes from the `qoq` command, run as a user would. MODEL is quantized with each recipe and evaluated with a
-KV cache of 16 and 4 bits; then the same function with key outliers (factor 20 on two RoPE pairs a head) is compared
-under three ways of smoothing: none, the paper's constant alpha = 0.5, and the search; that part may take fewer windows.
-The table is written anew after every group, and --reuse takes checkpoints that an earlier run left in --work.
+Every number comes from the `qoq` command, run as a user would. The model and a copy of the same function with key
+outliers (factor 20 on two RoPE pairs a head) are quantized under three ways of smoothing: none, the paper's constant
+alpha = 0.5, and the search. The table is written anew after every group, and --reuse takes checkpoints that an earlier
+run left in --work.
 
-    python benchmarks/accuracy.py MODEL --calib TEXT --evaluation TEXT --out benchmarks/accuracy-NAME.json
+    python benchmarks/key_outliers.py MODEL --calib TEXT --evaluation TEXT --out benchmarks/key-outliers-NAME.json
 """
 
 from __future__ import annotations
@@ -42,19 +42,14 @@ class Table:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._samples, self._limit = arguments.samples, arguments.limit
         self.seconds: dict[str, float] = {}
-
-    def for_injection(self) -> None:
-        """Go on with the windows of the part with injected outliers."""
-        self._samples, self._limit = self._arguments.injection_samples, self._arguments.injection_limit
 
     def quantize(self, name: str, model: object, recipe: object, *more: object) -> Path:
         """Quantize under `name` in the work folder; an existing result is replaced."""
         output = Path(self._arguments.work) / name
         if self._arguments.reuse and (output / "qoq_manifest.json").is_file():
             return output
-        options = ("--samples", self._samples, "--seq-len", self._arguments.calib_seq_len)
+        options = ("--samples", self._arguments.samples, "--seq-len", self._arguments.calib_seq_len)
         calib = ("--calib", self._arguments.calib, "--device", self._arguments.device)
         manifest = qoq("quantize", model, "--recipe", recipe, "-o", output, "--restart", *options, *calib, *more)
         self.seconds[name] = manifest["run"]["seconds"]
@@ -63,7 +58,7 @@ class Table:
     def evaluate(self, baseline: object, checkpoints: list[Path], *more: object) -> dict[str, Any]:
         """Scores by checkpoint name; the baseline's are under `16 bit`."""
         text = str(self._arguments.evaluation)
-        options = ("--ppl", text, "--seq-len", self._arguments.seq_len, "--limit", self._limit)
+        options = ("--ppl", text, "--seq-len", self._arguments.seq_len, "--limit", self._arguments.limit)
         result = qoq("eval", *checkpoints, "--baseline", baseline, *options, "--device", self._arguments.device, *more)
         scores = result["texts"][text]["models"]
         return {"16 bit" if name == str(baseline) else Path(name).name: score for name, score in scores.items()}
@@ -76,19 +71,15 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
+    parser.add_argument("--work", type=Path, default=Path("build/key-outliers"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--calib-seq-len", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=6)
-    parser.add_argument("--injection-samples", type=int)
-    parser.add_argument("--injection-limit", type=int)
     parser.add_argument("--reuse", action="store_true")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    arguments.injection_samples = arguments.injection_samples or arguments.samples
-    arguments.injection_limit = arguments.injection_limit or arguments.limit
     table = Table(arguments)
     left_out = ("out", "work", "model", "calib", "evaluation", "reuse")
     result: dict[str, Any] = {
@@ -109,12 +100,6 @@ def main() -> None:
         for name, score in scores.items():
             print(f"{group:20} {name:28} {score['scheme']:12} {score['perplexity']:9.3f}", flush=True)
 
-    recipes = ("rtn-g128", "qoq-g128", "rtn-chn", "qoq-chn")
-    made = [table.quantize(recipe, arguments.model, recipe) for recipe in recipes]
-    add("recipes_kv4", table.evaluate(arguments.model, made))
-    add("recipes_kv16", table.evaluate(arguments.model, made, "--kv-bits", "16"))
-
-    table.for_injection()
     injected = arguments.work / "injected"
     inject = [sys.executable, str(Path(__file__).with_name("inject_outliers.py")), arguments.model, str(injected)]
     subprocess.run(inject, check=True)
