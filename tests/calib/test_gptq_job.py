@@ -18,6 +18,7 @@ from qoq.calib.progress import Progress
 from qoq.calib.round.gptq import Inputs, Moments, gptq
 from qoq.calib.served import ServedModel, open_served
 from qoq.calib.streaming import StreamedModel
+from qoq.formats.quantized_linear import S2Offsets, ZeroPoints
 from qoq.formats.work_folder import WORK_NAME
 from qoq.recipes.errors import InputError
 from qoq.recipes.schema import Calibration, Gptq, Recipe
@@ -168,3 +169,21 @@ def test_both_streams_are_kept_when_a_run_is_cut_off(make_model: MakeModel, toke
     assert again("parts") == 1
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+
+
+def test_zeros_between_codes_lose_less_and_are_marked(quantize: Run, make_model: MakeModel, tokens: Tokens) -> None:
+    model, windows = make_model("llama"), tokens(8, 48)
+    errors = {}
+    for domain in ("pre_scale", "post_scale"):
+        manifest, served = quantize(model, windows, grid="search", zero_domain=domain)
+        assert served.checkpoint.quantization.zero_domain == domain
+        decoded = {
+            name: served.checkpoint.linear(name, in_features=linear.in_features)
+            for name, linear in served.quantized.items()
+        }
+        changes = [linear.dequantize() - model.tensors[f"{name}.weight"].float() for name, linear in decoded.items()]
+        errors[domain] = sum(float(change.norm()) for change in changes)
+        kind = S2Offsets if domain == "post_scale" else ZeroPoints
+        assert all(isinstance(linear.zeros, kind) for linear in decoded.values())
+        assert fallbacks(manifest) == {}
+    assert errors["post_scale"] < 0.99 * errors["pre_scale"]

@@ -13,7 +13,7 @@ from qoq.calib.round.gptq import Inputs, Moments, gptq
 from qoq.calib.round.grid import Grid
 from qoq.calib.round.grid_search import search_grid
 from qoq.calib.round.rtn import round_to_nearest
-from qoq.formats.quantized_linear import INT8_MAX, INT8_MIN
+from qoq.formats.quantized_linear import INT8_MAX, INT8_MIN, S2Offsets
 
 MODES = pytest.mark.parametrize("group_size", [128, None], ids=["g128", "per-channel"])
 
@@ -123,3 +123,45 @@ def test_a_grid_decodes_as_the_layer_does(group_size: int | None) -> None:
     codes = grid.nearest(grid.units(weight))
     decoded = grid.linear(codes, None, 200).dequantize()
     assert torch.equal(grid.weight(codes)[:, :200], decoded)
+
+
+# ---- zeros between codes
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_post_scale_zeros_are_whole_level_1_units(search: bool) -> None:
+    """By range as in deepcompressor's quantizer (Z = round(-min)); searched, with less error than pre-scale zeros."""
+    weight = weights(64, 256, 11) + 0.004
+    linear = round_to_nearest(weight, None, 128, search=search, zero_domain="post_scale")
+    assert isinstance(linear.zeros, S2Offsets)
+    assert linear.s2_scales is not None
+    offsets, s2 = linear.zeros.values.long(), linear.s2_scales.long()
+    assert bool((offsets % s2 != 0).any()), "zeros that no code decodes to"
+    units = (weight / linear.s1_scales.float()[:, None]).clamp(-119, 119).view(64, 2, 128)
+    if not search:
+        assert torch.equal(offsets, torch.round(-units.amin(dim=2).clamp(max=0)).clamp(max=240).long())
+    for n in range(0, 64, 9):
+        for group in range(2):
+            for k in range(0, 128, 17):
+                steps = (float(units[n, group, k]) + int(offsets[n, group])) / int(s2[n, group])
+                assert abs(int(linear.codes[n, group * 128 + k]) - min(max(steps, 0), 15)) <= 0.5 + 1e-4
+    errors = [
+        float((round_to_nearest(weight, None, 128, search=search, zero_domain=domain).dequantize() - weight).norm())
+        for domain in ("post_scale", "pre_scale")
+    ]
+    assert errors[0] < errors[1] if search else errors[0] < 1.1 * errors[1]
+
+
+@given(seed=st.integers(0, 2**32 - 1), search=st.booleans())
+def test_post_scale_zeros_never_leave_int8(seed: int, search: bool) -> None:
+    """Whatever the weights: `QuantizedLinear` refuses what does."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp2(torch.randn(32, 2, 1, generator=generator) * 3)
+    centres = torch.randn(32, 2, 1, generator=generator) * 2
+    weight = ((torch.randn(32, 2, 128, generator=generator) + centres) * sizes * 0.01).view(32, 256)
+    weight[:, ::50] *= 30
+    linear = round_to_nearest(weight, None, 128, search=search, zero_domain="post_scale")
+    level1 = linear.level1()
+    assert INT8_MIN <= int(level1.min()) <= int(level1.max()) <= INT8_MAX
+    assert isinstance(linear.zeros, S2Offsets)
+    assert int(linear.zeros.values.max()) <= 240

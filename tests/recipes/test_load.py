@@ -97,6 +97,7 @@ def test_recipes_cannot_be_changed() -> None:
     [
         ("{align_keys: mean, key_rotation: hadamard}", "exclude each other"),
         ("{gptq: {damping: none}}", "damping"),
+        ("{group_size: null, zero_domain: post_scale}", "needs groups"),
         ("kv_bit: 4", "kv_bit: Extra inputs"),
         ("calibration: {sample: 4}", "calibration.sample: Extra inputs"),
         ("smooth_attention: {beta1: 4}", "smooth_attention.beta1: Extra inputs"),
