@@ -122,11 +122,9 @@ def gptq(
             return search_grid(weight, group_size, cost, zero_domain)
         return Grid.of(weight, group_size, zero_domain)
 
-    plain = grid_for(weight, squares)
-    nearest = plain.nearest(plain.units(weight))
-
     def fallen_back(reason: str) -> Rounded:
-        return Rounded(plain.linear(nearest, bias, in_features), reason)
+        plain = grid_for(weight, squares)
+        return Rounded(plain.linear(plain.nearest(plain.units(weight)), bias, in_features), reason)
 
     if moments.tokens < in_features:
         return fallen_back(f"{moments.tokens} calibration tokens for {in_features} inputs")
@@ -134,8 +132,8 @@ def gptq(
         return fallen_back("the moments of its inputs are not positive definite")
     wanted = inputs.wanted(weight).masked_fill(squares <= 0, 0)
     grid = grid_for(wanted, inputs.cost[:in_features])
-    codes = _round_in_order(grid, wanted, inputs.order, inputs.factor)
-    if not _loss(grid, codes, wanted, moments.matrix) < _loss(plain, nearest, wanted, moments.matrix):
+    codes, nearest = _round_in_order(grid, wanted, inputs.order, inputs.factor), grid.nearest(grid.units(wanted))
+    if not _loss(grid, codes, wanted, moments.matrix) < _loss(grid, nearest, wanted, moments.matrix):
         return fallen_back("GPTQ gains nothing on the calibration text")
     return Rounded(grid.linear(codes, bias, in_features), None)
 
