@@ -51,7 +51,10 @@ def quantize(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe by name (`qoq recipes`) or a YAML file.  [default: qoq-g128 or qoq-chn]"),
+        typer.Option(
+            help="A recipe by name (`qoq recipes`; qoq-g128-best loses least) or a YAML file.  "
+            "[default: qoq-g128 or qoq-chn]"
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to write.  [default: checkpoints/MODEL-SCHEME]")
@@ -111,7 +114,7 @@ def quantize(
 
     An interrupted run is continued by the same command, with the same result. HF_TOKEN is used for gated models.
 
-    Examples: `qoq quantize tiny`; `qoq quantize llama-3-8b --g128 --device cuda`;
+    Examples: `qoq quantize tiny`; `qoq quantize llama-3-8b --recipe qoq-g128-best --device cuda`;
     `qoq quantize ./my-model --calib my-text.txt --samples 64 -o out`.
     """
     from qoq.recipes.load import preset_names
@@ -195,10 +198,15 @@ def build_recipe(
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        option = next(str(key) for key in first["loc"] if key != "calibration").replace("_", "-")
+        said = first["msg"].removeprefix("Value error, ")
+        option = next((str(key).replace("_", "-") for key in first["loc"] if key != "calibration"), None)
+        if option is None:  # of the recipe as a whole
+            raise InputError(
+                f"recipe {loaded.name} with these options: {said}",
+                remedy="leave the option out, or choose another --recipe (`qoq recipes` lists them)",
+            ) from error
         raise InputError(
-            f"--{option} {first['input']!r}: {first['msg'].removeprefix('Value error, ')}",
-            remedy="`qoq quantize -h` says what each option takes",
+            f"--{option} {first['input']!r}: {said}", remedy="`qoq quantize -h` says what each option takes"
         ) from error
 
 

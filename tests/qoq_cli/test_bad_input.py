@@ -451,6 +451,7 @@ def test_a_disk_that_is_really_full(
         (("--recipe", "qoq-g12"), "qoq-g128"),
         (("--recipe", "nowhere.yaml"), "qoq-g128"),
         (("--kv-bits", 5), "4, 8 or 16"),
+        (("--recipe", "qoq-g128-best", "--per-channel"), "post_scale needs groups"),
         (("--act-bits", 4), "8 or 16"),
         (("--dtype", "float8"), "float16"),
         (("--max-shard-size", "big"), "5GB"),
