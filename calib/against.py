@@ -83,10 +83,16 @@ def _weight_errors(served: ServedModel, source: TensorSource, index: int, *, reo
         for name, linear in skeleton.linears(index).items()
         if name in served.quantized
     }
-    order = _order(decoded, source, prefix + family.roles["mlp_gate"]) if reordered else None
+    order = None
+    if reordered:
+        gate = prefix + family.roles["mlp_gate"]
+        name = f"{gate}.weight"
+        # It may be one of those that stay in 16 bit.
+        own = decoded[gate] if gate in decoded else load_float(served.checkpoint.source, name)
+        order = _order(own, load_float(source, name))
     errors = {}
-    for name, own in decoded.items():
-        found, weight, role = own, load_float(source, f"{name}.weight"), roles[name]
+    for name, linear in decoded.items():
+        found, weight, role = linear, load_float(source, f"{name}.weight"), roles[name]
         if order is not None and role in ("mlp_gate", "mlp_up"):
             weight = weight[order]
         if role == "mlp_down":
@@ -117,12 +123,8 @@ def _fitted(found: Tensor, weight: Tensor, half: int | None) -> Tensor:
     return fit.reshape(found.shape)
 
 
-def _order(decoded: dict[str, Tensor], source: TensorSource, gate: str) -> Tensor | None:
-    """Where each row of a reordered gate_proj was, told by some random directions; None if that is no order."""
-    if gate not in decoded:
-        return None
-    directions = torch.randn(decoded[gate].shape[1], _DIRECTIONS, generator=torch.Generator().manual_seed(0))
-    rows = (decoded[gate], load_float(source, f"{gate}.weight"))
-    found, known = (torch.nn.functional.normalize(of @ directions, dim=1) for of in rows)
-    order = torch.cat([(some @ known.t()).argmax(dim=1) for some in found.split(2048)])
-    return order if len(order.unique()) == len(order) else None
+def _order(gate: Tensor, known: Tensor) -> Tensor:
+    """Where each row of a reordered gate_proj [N, K] was in the known one, told by some random directions."""
+    directions = torch.randn(gate.shape[1], _DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    found, among = (torch.nn.functional.normalize(of @ directions, dim=1) for of in (gate, known))
+    return torch.cat([(some @ among.t()).argmax(dim=1) for some in found.split(2048)])

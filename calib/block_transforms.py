@@ -16,6 +16,7 @@ from qoq.calib.attention import observe
 from qoq.calib.key_alignment import MeanKeyObserver
 from qoq.calib.metrics import relative_error
 from qoq.calib.mlp_transforms import InputObserver, choose_smoothing, reorder, smooth
+from qoq.calib.moments import input_of
 from qoq.calib.plan import Plan
 from qoq.calib.progress import Tick
 from qoq.calib.smooth_attention import (
@@ -65,10 +66,10 @@ def _transform_mlp(
     if spec is None and recipe.reorder is None:
         return tensors, None
     block = build_block(plan.skeleton, index, tensors)
-    observed = InputObserver(block.get_submodule(down), spec.search_tokens if spec is not None else 0)
+    observed = InputObserver(spec.search_tokens if spec is not None else 0)
     batches = -(-hidden.shape[0] // runner.batch)
     for _, batch in runner.batches(hidden):
-        observed.run(partial(runner, index, block, batch))
+        observed.add(input_of(block, down, partial(runner, index, block, batch)))
         tick("observing the MLP", 0.08 / batches)
     absmax, alpha, transformed = observed.absmax, None, tensors
     if not bool(torch.isfinite(absmax).all()):

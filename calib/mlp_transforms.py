@@ -7,10 +7,8 @@ of a group of 128, which share a scale, are alike (section 4.3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qoq.calib.round.rtn import round_to_nearest
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
@@ -24,21 +22,14 @@ Tensors = dict[str, Tensor]
 class InputObserver:
     """absmax [K] of the inputs of a linear, and the first of them."""
 
-    def __init__(self, linear: nn.Module, token_limit: int) -> None:
-        self._linear, self._limit = linear, token_limit
+    def __init__(self, token_limit: int) -> None:
+        self._limit = token_limit
         self._absmax: Tensor | None = None
         self._rows: list[Tensor] = []
 
-    def run(self, forward: Callable[[], object]) -> None:
-        """Call `forward`, which runs the linear, and observe it."""
-        hook = self._linear.register_forward_pre_hook(self._see)
-        try:
-            forward()
-        finally:
-            hook.remove()
-
-    def _see(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].flatten(0, -2)
+    def add(self, inputs: Tensor) -> None:
+        """One batch of inputs, [..., K]."""
+        rows = inputs.flatten(0, -2)
         absmax = rows.abs().amax(dim=0)
         self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
         left = self._limit - sum(len(seen) for seen in self._rows)

@@ -128,13 +128,14 @@ def test_factor_twenty_and_thirty_leave_only_rounding(make_model: MakeModel, tok
         torch.testing.assert_close(tensor, want[name], rtol=1e-4, atol=1e-5 * float(want[name].abs().max()), msg=name)
 
 
+@pytest.mark.parametrize("ignore", [(), ("gate_proj",)], ids=["all", "gate-in-16-bit"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_transformed_checkpoint_is_held_against_its_model(
-    family: str, make_model: MakeModel, tokens: Tokens, tmp_path: Path
+    family: str, ignore: tuple[str, ...], make_model: MakeModel, tokens: Tokens, tmp_path: Path
 ) -> None:
     """Errors of weights are those of rounding alone, and those of another model are large."""
     model, windows = make_model(family, **GROUPED), tokens(4, 24)
-    recipe = Recipe(name="test", **EVERYTHING)
+    recipe = Recipe(name="test", ignore=ignore, **EVERYTHING)
     plan = make_plan(QuantizeRequest(model.folder, "random", tmp_path / "out", recipe))
     text = Windows(windows, 4, "fingerprint", "random")
     manifest = run(plan, lambda: text, restart=False, tool_version="0.0.1", on_progress=lambda _: None).manifest

@@ -14,6 +14,7 @@ from qoq.calib.corpus import Windows
 from qoq.calib.job import run
 from qoq.calib.metrics import relative_error
 from qoq.calib.mlp_transforms import InputObserver, choose_smoothing, reorder, smooth, smoothing_scale
+from qoq.calib.moments import input_of
 from qoq.calib.plan import QuantizeRequest, make_plan, open_model
 from qoq.calib.streaming import BlockRunner, build_block, embed, load_block_tensors
 from qoq.recipes.errors import InputError
@@ -47,8 +48,8 @@ class Setting:
 
     def observed(self, tensors: dict[str, Tensor], limit: int = 10**6) -> InputObserver:
         block = build_block(self.skeleton, 0, tensors)
-        observer = InputObserver(block.get_submodule(DOWN), limit)
-        observer.run(lambda: self._runner(0, block, self.hidden))
+        observer = InputObserver(limit)
+        observer.add(input_of(block, DOWN, lambda: self._runner(0, block, self.hidden)))
         return observer
 
 
@@ -77,20 +78,20 @@ def with_outliers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_inputs_are_observed_up_to_the_limit() -> None:
-    linear = nn.Linear(4, 2)
-    observer = InputObserver(linear, 5)
+    linear = nn.Sequential(nn.Linear(4, 2))
+    observer = InputObserver(5)
     batches = [torch.randn(2, 3, 4), -10 * torch.randn(1, 3, 4).abs()]
     for batch in batches:
-        observer.run(lambda batch=batch: linear(batch))
+        observer.add(input_of(linear, "0", lambda batch=batch: linear(batch)))
     rows = torch.cat([batch.flatten(0, 1) for batch in batches])
     assert torch.equal(observer.absmax, rows.abs().amax(0))
     assert torch.equal(observer.rows, rows[:5])
-    assert not linear._forward_pre_hooks
+    assert not linear[0]._forward_pre_hooks
 
 
 def test_nothing_observed_is_an_error() -> None:
     with pytest.raises(ValueError, match="no input"):
-        _ = InputObserver(nn.Linear(4, 2), 5).absmax
+        _ = InputObserver(5).absmax
 
 
 # ---- lambda
