@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _QOQ = [sys.executable, "-c", "from qoq_cli.app import main; main()"]
 _GRIDS = {"g128": 128, "chn": None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One recipe of the table; `is_named` ones are run with every seed, and on injected models if `is_injected`."""
 
@@ -49,6 +49,7 @@ def rows(grid: str) -> list[Row]:
     searched = {**gptq, "grid": "search"}
     keys = {**searched, "smooth_attention": best["smooth_attention"], "align_keys": best["align_keys"]}
     damped = {**keys, "gptq": {"damping": "auto"}}
+    untuned = {**best, "tuning": None}
     steps = [
         Row(f"rtn-{grid}", plain),
         Row("+ rotation", {**plain, "rotation": paper["rotation"]}),
@@ -59,6 +60,7 @@ def rows(grid: str) -> list[Row]:
         Row(".. + searched grid", searched),
         Row(".. + aligned keys, searched strength", keys),
         Row(".. + damping by tokens", damped),
+        Row(".. + aims at the 16-bit model, zeros between codes", untuned),
         Row(f"qoq-{grid}-best", best, is_named=True, is_injected=True),
         Row(f"qoq-{grid}-best, keys rotated", _rotated(best), is_named=True),
     ]
@@ -111,14 +113,14 @@ def make(run: Run, options: argparse.Namespace) -> dict[str, Any]:
     return qoq("quantize", run.model, *given, "-o", folder)
 
 
-def score(runs: list[Run], options: argparse.Namespace) -> dict[str, Any]:
-    """Scores of some checkpoints by folder name; the 16-bit model's under its own name."""
+def score(run: Run, options: argparse.Namespace) -> tuple[dict[str, Any], float]:
+    """Scores of a checkpoint, and the perplexity of the 16-bit model."""
     text = ("--ppl", options.evaluation, "--seq-len", options.seq_len, "--limit", options.limit)
-    folders = [options.work / run.folder for run in runs]
     backend = ("--device", options.device, "--backend", "reference")
-    result = qoq("eval", *folders, "--baseline", options.model, *text, *backend)
+    result = qoq("eval", options.work / run.folder, "--baseline", options.model, *text, *backend)
     models: dict[str, Any] = result["texts"][str(options.evaluation)]["models"]
-    return {Path(name).name: found for name, found in models.items()}
+    found = {Path(name).name: scores for name, scores in models.items()}
+    return found[run.folder], found[Path(options.model).name]["perplexity"]
 
 
 def inject(options: argparse.Namespace, seed: int) -> str:
@@ -142,18 +144,68 @@ def plan(options: argparse.Namespace) -> list[Run]:
     return sorted(found, key=lambda run: not run.row.is_named)
 
 
-def summary(runs: list[Run], scores: dict[str, Any], seconds: dict[str, float], baseline: float) -> dict[str, Any]:
+def summary(scores: list[dict[str, Any]], baseline: float) -> dict[str, Any]:
     """One row of the table: means over its runs."""
-    found = [scores[run.folder] for run in runs]
-    measures = ("perplexity", "kl_divergence", "top1_agreement")
-    mean = {key: statistics.mean(each[key] for each in found) for key in measures}
+    measures = ("perplexity", "kl_divergence", "top1_agreement", "seconds")
+    mean = {key: statistics.mean(each[key] for each in scores) for key in measures}
     return {
-        "runs": len(runs),
+        "runs": len(scores),
         **mean,
         "loss": mean["perplexity"] / baseline - 1,
-        "perplexities": [each["perplexity"] for each in found],
-        "seconds": statistics.mean(seconds[run.folder] for run in runs),
+        "perplexities": [each["perplexity"] for each in scores],
     }
+
+
+class Table:
+    """What is measured so far; written after every run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._baseline = float("nan")
+        self._scores: dict[Run, dict[str, Any]] = {}
+
+    def add(self, run: Run, scores: dict[str, Any], seconds: float, baseline: float) -> None:
+        """One run, which took `seconds` to quantize."""
+        self._scores[run], self._baseline = {**scores, "seconds": seconds}, baseline
+        self._options.out.write_text(json.dumps(self._content(), indent=2) + "\n")
+
+    def _rows(self) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for row in [row for grid in self._options.grid for row in rows(grid)]:
+            for suffix, is_injected in (("", False), (", outliers injected", True)):
+                mine = [
+                    run
+                    for run in self._scores
+                    if run.row.name == row.name and (run.injection is not None) == is_injected
+                ]
+                if mine:
+                    mine.sort(key=lambda run: (run.seed, run.injection))
+                    table[row.name + suffix] = summary([self._scores[run] for run in mine], self._baseline)
+        return table
+
+    def _content(self) -> dict[str, Any]:
+        options = self._options
+        settings = ("samples", "calib_seq_len", "seeds", "seq_len", "limit", "jobs")
+        return {
+            "model": Path(options.model).name,
+            "setting": {key: getattr(options, key) for key in settings},
+            "machine": {
+                "device": platform.machine() if options.device == "cpu" else torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "perplexity_16bit": self._baseline,
+            "rows": self._rows(),
+        }
+
+    def show(self) -> None:
+        """Print it."""
+        print(f"{'16 bit':50} {self._baseline:8.2f}")
+        for name, row in self._rows().items():
+            print(
+                f"{name:50} {row['perplexity']:8.2f} {row['loss']:+7.1%} KL {row['kl_divergence']:.4f}"
+                f" top {row['top1_agreement']:.1%} {row['runs']} run(s) {row['seconds']:.0f} s"
+            )
 
 
 def main() -> None:
@@ -165,6 +217,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/ablation"))
     parser.add_argument("--grid", choices=sorted(_GRIDS), action="append")
+    parser.add_argument("--rows", choices=("all", "named", "steps"), default="all", help="named recipes, or the rest")
     parser.add_argument("--only", default="", help="rows whose names contain this")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", type=int, default=16)
@@ -178,39 +231,19 @@ def main() -> None:
     options.grid = options.grid or list(_GRIDS)
     options.work.mkdir(parents=True, exist_ok=True)
     runs = [run for run in plan(options) if options.only in run.row.name]
+    if options.rows != "all":
+        runs = [run for run in runs if run.row.is_named == (options.rows == "named")]
+    table = Table(options)
+
+    def measure(run: Run) -> tuple[Run, dict[str, Any], float, float]:
+        seconds: float = make(run, options)["run"]["seconds"]
+        return (run, *score(run, options), seconds)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        manifests = list(pool.map(lambda run: make(run, options), runs))
-        parts = [runs[start :: options.jobs] for start in range(min(options.jobs, len(runs)))]
-        scores: dict[str, Any] = {}
-        for part in pool.map(lambda part: score(part, options), parts):
-            scores |= part
-    seconds = {run.folder: manifest["run"]["seconds"] for run, manifest in zip(runs, manifests, strict=True)}
-    baseline = scores[Path(options.model).name]["perplexity"]
-    settings = ("samples", "calib_seq_len", "seeds", "seq_len", "limit", "jobs")
-    table: dict[str, Any] = {}
-    for row in [row for grid in options.grid for row in rows(grid)]:
-        for suffix, is_injected in (("", False), (", outliers injected", True)):
-            mine = [run for run in runs if run.row == row and (run.injection is not None) == is_injected]
-            if mine:
-                table[row.name + suffix] = summary(mine, scores, seconds, baseline)
-    result = {
-        "model": Path(options.model).name,
-        "setting": {key: getattr(options, key) for key in settings},
-        "machine": {
-            "device": platform.machine() if options.device == "cpu" else torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "perplexity_16bit": baseline,
-        "rows": table,
-    }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{'16 bit':50} {baseline:8.2f}")
-    for name, row in table.items():
-        print(
-            f"{name:50} {row['perplexity']:8.2f} {row['loss']:+7.1%} KL {row['kl_divergence']:.4f}"
-            f" top {row['top1_agreement']:.1%} {row['runs']} run(s) {row['seconds']:.0f} s"
-        )
+        for done in as_completed([pool.submit(measure, run) for run in runs]):
+            run, scores, baseline, seconds = done.result()
+            table.add(run, scores, seconds, baseline)
+    table.show()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Time and memory of the recipes on a random model with blocks of the sizes of Llama-3-8B, extrapolated from a few.
 
-Runs `qoq quantize` on one block and on --blocks of them; the difference gives the time of a block, and what is left is
-the rest (embedding, head, reading the text). The whole model is the rest and 32 blocks. Peak memory does not grow with
-the depth of a model.
+Quantizes --blocks of them as `qoq quantize` does, each recipe in a process of its own. The blocks after the first,
+which waits for kernels to be loaded, give the time of a block; the rest is embedding, head, and reading the text. The
+whole model is the rest and 32 blocks. Peak memory does not grow with the depth of a model.
 
     python benchmarks/large_model.py --calib TEXT --out benchmarks/large-model.json
 """
@@ -12,18 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
+import statistics
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qoq.calib.corpus import Windows, calibration_windows, load_corpus
+from qoq.calib.job import run
+from qoq.calib.plan import QuantizeRequest, make_plan
+from qoq.calib.progress import Progress
+from qoq.calib.skeleton import load_tokenizer
+from qoq.recipes.load import load_recipe
+from qoq.recipes.schema import Calibration
 from qoq_cli.model_location import tiny_folder
 
-_QOQ = [sys.executable, "-c", "from qoq_cli.app import main; main()"]
 _WHOLE = 32
 
 
@@ -56,8 +67,41 @@ def random_model(folder: Path, blocks: int) -> None:
         shutil.copyfile(tiny_folder() / name, folder / name)
 
 
+def measure(arguments: argparse.Namespace, recipe: str, model: Path, output: Path) -> dict[str, Any]:
+    """One recipe on the model; seconds of each block, of the rest, and peak bytes."""
+    calibration = Calibration(dataset=arguments.calib, samples=arguments.samples, seq_len=arguments.seq_len)
+    settings = load_recipe(recipe).model_copy(update={"calibration": calibration})
+    started = time.monotonic()
+    plan = make_plan(QuantizeRequest(model, "random", output, settings, device=arguments.device))
+    ends = [0.0]
+
+    def windows() -> Windows:
+        corpus = load_corpus(calibration.dataset, builtin={}, purpose="calibration")
+        drawn = {"samples": calibration.samples, "seq_len": calibration.seq_len, "seed": calibration.seed}
+        return calibration_windows(corpus, load_tokenizer(model), **drawn)
+
+    def on_progress(step: Progress) -> None:
+        if step.message.endswith(": done"):
+            ends.append(time.monotonic() - started)
+            print(f"{recipe}, {step.message} after {ends[-1]:.1f} s", file=sys.stderr, flush=True)
+        elif step.message.startswith("block 0") and ends == [0.0]:
+            ends[0] = time.monotonic() - started
+
+    result = run(plan, windows, restart=True, tool_version="benchmark", on_progress=on_progress)
+    whole = time.monotonic() - started
+    blocks = [end - begin for begin, end in pairwise(ends)]
+    each, rest = statistics.mean(blocks[1:]), whole - sum(blocks)
+    return {
+        "recipe": recipe,
+        "seconds_blocks": [round(seconds, 1) for seconds in blocks],
+        "seconds_rest": round(rest, 1),
+        "seconds_whole": round(rest + _WHOLE * each, 1),
+        "peak_bytes": result.manifest["run"]["peak_bytes"],
+    }
+
+
 def main() -> None:
-    """Measure each recipe in processes of its own, print the table and write it."""
+    """Measure each recipe, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calib", required=True)
     parser.add_argument("--out", type=Path)
@@ -69,29 +113,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as work:
-        for blocks in (1, arguments.blocks):
-            random_model(Path(work, f"model-{blocks}"), blocks)
+        random_model(Path(work, "model"), arguments.blocks)
         for recipe in arguments.recipe:
-            runs = {}
-            for blocks in (1, arguments.blocks):
-                model, output = Path(work, f"model-{blocks}"), Path(work, "checkpoint")
-                command = [*_QOQ, "quantize", str(model), "--recipe", recipe, "-o", str(output), "--restart"]
-                options = ["--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len)]
-                options += ["--calib", arguments.calib, "--device", arguments.device, "--json", "--quiet"]
-                done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
-                runs[blocks] = json.loads(done.stdout)["run"]
-            each = (runs[arguments.blocks]["seconds"] - runs[1]["seconds"]) / (arguments.blocks - 1)
-            rest = runs[1]["seconds"] - each
-            rows.append(
-                {
-                    "recipe": recipe,
-                    "seconds": {str(blocks): run["seconds"] for blocks, run in runs.items()},
-                    "seconds_block": round(each, 1),
-                    "seconds_rest": round(rest, 1),
-                    "seconds_whole": round(rest + _WHOLE * each, 1),
-                    "peak_bytes": runs[arguments.blocks]["peak_bytes"],
-                }
-            )
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                task = process.submit(measure, arguments, recipe, Path(work, "model"), Path(work, "checkpoint"))
+                rows.append(task.result())
             print(json.dumps(rows[-1]), flush=True)
     result = {
         "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "cpu",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qoq.formats.arithmetic import as_attended
+from qoq.calib.gradients import straight_through
+from qoq.formats.arithmetic import as_attended, rotate_heads
 from qoq.recipes.schema import KeyRotation
 
 ATTENTION_NAME = "qoq_calibration"
@@ -72,7 +73,11 @@ def _attention(
         raise _Seen
     kv_bits: int = getattr(module, _KV_BITS, 16)
     key_rotation: KeyRotation = getattr(module, _KEY_ROTATION, "none")
-    return call(*as_attended(query, key, value, kv_bits=kv_bits, key_rotation=key_rotation)), None
+    queries, keys, values = as_attended(query, key, value, kv_bits=kv_bits, key_rotation=key_rotation)
+    if torch.is_grad_enabled() and kv_bits != 16:
+        keys = straight_through(keys, rotate_heads(key, key_rotation))
+        values = straight_through(values, value)
+    return call(queries, keys, values), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

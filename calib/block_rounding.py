@@ -13,7 +13,7 @@ from qoq.calib.plan import Plan
 from qoq.calib.progress import Tick
 from qoq.calib.round.gptq import Inputs, gptq
 from qoq.calib.round.rtn import round_to_nearest
-from qoq.calib.streaming import BlockRunner, build_block
+from qoq.calib.streaming import BlockRunner, build_block, tf32_products
 from qoq.formats.arithmetic import IntegerWeight
 from qoq.formats.quantized_linear import QuantizedLinear
 from qoq.recipes.errors import InputError
@@ -21,7 +21,7 @@ from qoq.recipes.errors import InputError
 
 @dataclass
 class RoundedBlock:
-    """What is rounded so far, by name relative to the block: for the disk, and decoded on the device.
+    """What is rounded so far, by name relative to the block, as it is stored and decoded.
 
     `fallbacks`: why linears were rounded to nearest although the recipe says GPTQ.
     """
@@ -100,11 +100,12 @@ def _observe(
     observer = MomentObserver()
     batches = -(-streams.shape[1] // runner.batch)
     for _, batch in runner.batches(streams):
-        seen = [
-            input_of(block, names[0], partial(runner, index, block, hidden))
-            for block, hidden in zip((served, exact), batch, strict=False)
-        ]
-        observer.add(*seen)
+        with tf32_products():
+            seen = [
+                input_of(block, names[0], partial(runner, index, block, hidden))
+                for block, hidden in zip((served, exact), batch, strict=False)
+            ]
+            observer.add(*seen)
         tick("observing inputs", 0.06 / batches)
     try:
         return Inputs.of(observer.moments(), damping=spec.damping)

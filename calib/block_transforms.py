@@ -28,7 +28,7 @@ from qoq.calib.smooth_attention import (
     choose,
     fold,
 )
-from qoq.calib.streaming import BlockRunner, build_block
+from qoq.calib.streaming import BlockRunner, build_block, tf32_products
 from qoq.recipes.errors import InputError
 
 _PRESERVED = 1e-3
@@ -69,7 +69,8 @@ def _transform_mlp(
     observed = InputObserver(spec.search_tokens if spec is not None else 0)
     batches = -(-hidden.shape[0] // runner.batch)
     for _, batch in runner.batches(hidden):
-        observed.add(input_of(block, down, partial(runner, index, block, batch)))
+        with tf32_products():
+            observed.add(input_of(block, down, partial(runner, index, block, batch)))
         tick("observing the MLP", 0.08 / batches)
     absmax, alpha, transformed = observed.absmax, None, tensors
     if not bool(torch.isfinite(absmax).all()):
@@ -99,7 +100,8 @@ def _align_keys(
     seen = MeanKeyObserver()
     batches = -(-hidden.shape[0] // runner.batch)
     for _, batch in runner.batches(hidden):
-        observe(attention, seen, partial(runner, index, block, batch))
+        with tf32_products():
+            observe(attention, seen, partial(runner, index, block, batch))
         tick("observing keys", 0.04 / batches)
     if not bool(torch.isfinite(seen.total).all()):
         raise InputError(
@@ -123,7 +125,8 @@ def _smooth_attention(
     batches = -(-hidden.shape[0] // runner.batch)
     ranges_seen = RangeObserver()
     for _, batch in runner.batches(hidden):
-        observe(attention, ranges_seen, partial(runner, index, block, batch))
+        with tf32_products():
+            observe(attention, ranges_seen, partial(runner, index, block, batch))
         tick("observing", 0.05 / batches)
     if not ranges_seen.is_finite:
         raise InputError(

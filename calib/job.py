@@ -6,9 +6,11 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -141,26 +143,67 @@ def _quantize_blocks_(
         streams = streams.pin_memory()  # they cross the bus a dozen times for each block
     runner = BlockRunner(plan.skeleton, streams.shape[2], torch.device(plan.request.device))
     before = state.seconds
-    for index in range(state.next_block, total):
-        done = float(index)
+    with _Background() as background:
+        for index in range(state.next_block, total):
+            done = float(index)
 
-        def tick(message: str, share: float, index: int = index) -> None:
-            nonlocal done
-            done = min(done + share, index + 1.0)
-            on_progress(Progress(done, total, f"block {index}: {message}"))
+            def tick(message: str, share: float, index: int = index) -> None:
+                nonlocal done
+                done = min(done + share, index + 1.0)
+                on_progress(Progress(done, total, f"block {index}: {message}"))
 
-        finished = quantize_block_(plan, index, streams, runner, tick)
-        _write_block(plan, index, finished, writer)
-        state = replace(
-            state,
-            next_block=index + 1,
-            records=(*state.records, finished.record.to_dict()),
-            seconds=before + time.monotonic() - started,
-            peak_bytes=_peak(state.peak_bytes, plan.request.device),
-        )
-        work.commit(state, streams if index + 1 < total else None)
-        on_progress(Progress(index + 1, total, f"block {index}: written"))
+            # A block is written while the next one is quantized, up to where its hidden states are replaced.
+            finished = quantize_block_(plan, index, streams, runner, tick, background.wait)
+            state = replace(
+                state,
+                next_block=index + 1,
+                records=(*state.records, finished.record.to_dict()),
+                seconds=before + time.monotonic() - started,
+                peak_bytes=_peak(state.peak_bytes, plan.request.device),
+            )
+            hidden = streams if index + 1 < total else None
+            background.start(partial(_save_block, plan, index, finished, writer, work, state, hidden))
+            on_progress(Progress(index + 1, total, f"block {index}: done"))
+        background.wait()
     return state
+
+
+class _Background:
+    """One piece of work at a time in a thread of its own; what it raises is raised by `wait`.
+
+    Left early, by whatever exception, the piece that runs is still finished.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def start(self, work: Callable[[], None]) -> None:
+        self.wait()
+        self._running = self._pool.submit(work)
+
+    def wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+
+
+def _save_block(
+    plan: Plan,
+    index: int,
+    block: FinishedBlock,
+    writer: ShardWriter,
+    work: WorkFolder,
+    state: JobState,
+    hidden: Tensor | None,
+) -> None:
+    _write_block(plan, index, block, writer)
+    work.commit(state, hidden)
 
 
 def _write_block(plan: Plan, index: int, block: FinishedBlock, writer: ShardWriter) -> None:

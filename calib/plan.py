@@ -51,7 +51,7 @@ class QuantizeRequest:
 class Estimate:
     """Bytes and operations a run needs, from sizes alone.
 
-    block         one float32 block, and with GPTQ the moments of the inputs of a linear
+    block         one float32 block, and with GPTQ the moments of the inputs of a linear, or what its tuning keeps
     hidden        calibration hidden states, float32, of every stream
     decoded       the block's quantized linears, int8, and the temporaries of rounding its largest linear
     activations   the widest temporary of a forward pass over one batch
@@ -163,7 +163,7 @@ def make_plan(request: QuantizeRequest) -> Plan:
     extra = _unexpected(skeleton, set(source.names()), inside=False)
     model_bytes = 2 * sum(math.prod(shape) for shape in skeleton.tensor_shapes().values())
     if recipe.rotation is not None:
-        skeleton, source = rotated(skeleton, source)
+        skeleton, source = rotated(skeleton, source, request.device)
     all_linears = skeleton.all_linears()
     quantized = _choose(all_linears, recipe)
     kept = [name for name in all_linears if name not in quantized]
@@ -313,12 +313,20 @@ def _estimate(
         # The products of the inputs, two factorings and an inversion in float64, and the updates.
         other = sum(2.0 * tokens * k * k * streams + 8.0 * k**3 for k in inputs)
         other += sum(2.0 * linear.weight.numel() * linear.in_features for linear in linears.values())
+    activations = batch_tokens * widest * 4 * 4
+    tuned = 0
+    if recipe.tuning is not None:
+        step = max(recipe.tuning.tokens, calibration.seq_len)
+        passes += 3.0 * recipe.tuning.steps * step / tokens
+        # Positions, gradients and two averages of them; what is kept of a pass until the gradients come back.
+        tuned = 7 * 4 * weights
+        activations = max(activations, 12 * step * sum(one.in_features + one.out_features for one in linears.values()))
     operations = 2 * passes * 2.0 * weights * tokens + other
     return Estimate(
-        block=weights * 4 + moments,
+        block=weights * 4 + max(moments, tuned),
         hidden=hidden,
         decoded=weights + largest * 4 * 4,
-        activations=batch_tokens * widest * 4 * 4,
+        activations=activations,
         embedding=embedding * (stored + 4),
         checkpoint=sum(shard.nbytes for shard in shards),
         state=hidden * 2,

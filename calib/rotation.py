@@ -26,15 +26,16 @@ _TABLE_ROWS = 8192
 
 
 class RotatedSource:
-    """The tensors of a model after rotation, worked out in float64 and given in float32, as they are asked for.
+    """The tensors of a model after rotation, worked out when asked for, on a device: in float64, given in float32.
 
+    Those of blocks are given on that device, all others on the CPU.
     `load` raises InputError for a tensor of the model, by its own name, that is not finite.
 
     It has an lm_head of its own even where the model's is its embedding: the final norm's gain is folded into it.
     """
 
-    def __init__(self, source: TensorSource, skeleton: Skeleton) -> None:
-        self._source, self._skeleton = source, skeleton
+    def __init__(self, source: TensorSource, skeleton: Skeleton, device: torch.device | str) -> None:
+        self._source, self._skeleton, self._device = source, skeleton, device
         family = skeleton.family
         self._head, self._embedding = f"{family.lm_head}.weight", f"{family.embedding}.weight"
         self._roles = {name: role for role, name in family.roles.items()}
@@ -59,12 +60,11 @@ class RotatedSource:
         family = self._skeleton.family
         if name == self._head:
             gain = self._exact(f"{family.final_norm}.weight")
-            table = load_finite(self._source, self._embedding if self._skeleton.is_tied else name)
-            return _rotated_table(table, gain)
+            return self._rotated_table(self._embedding if self._skeleton.is_tied else name, gain)
         if name == self._embedding:
-            return _rotated_table(load_finite(self._source, name), None)
+            return self._rotated_table(name, None)
         if name == f"{family.final_norm}.weight":
-            return torch.ones_like(self._exact(name)).float()
+            return torch.ones_like(load_finite(self._source, name), dtype=torch.float32)
         inside = self._inside_block(name)
         return self._source.load(name) if inside is None else self._load_of_block(*inside)
 
@@ -98,20 +98,22 @@ class RotatedSource:
         return f"{blocks}{index}.", owner, part
 
     def _exact(self, name: str) -> Tensor:
-        return load_finite(self._source, name).double()
+        return load_finite(self._source, name, self._device).double()
+
+    def _rotated_table(self, name: str, gain: Tensor | None) -> Tensor:
+        """A table [V, H], times gain [H] if any, rotated: float32, some rows at a time, since tables are large."""
+        table = load_finite(self._source, name)
+        result = torch.empty(table.shape, dtype=torch.float32)
+        for start in range(0, table.shape[0], _TABLE_ROWS):
+            rows = table[start : start + _TABLE_ROWS].to(self._device).double()
+            result[start : start + _TABLE_ROWS] = rotate(rows if gain is None else rows * gain)
+        return result
 
 
-def _rotated_table(table: Tensor, gain: Tensor | None) -> Tensor:
-    """table [V, H], times gain [H] if any, rotated: float32, some rows at a time, since tables are large."""
-    result = torch.empty(table.shape, dtype=torch.float32)
-    for start in range(0, table.shape[0], _TABLE_ROWS):
-        rows = table[start : start + _TABLE_ROWS].double()
-        result[start : start + _TABLE_ROWS] = rotate(rows if gain is None else rows * gain)
-    return result
-
-
-def rotated(skeleton: Skeleton, source: TensorSource) -> tuple[Skeleton, TensorSource]:
-    """The rotated model. Raises InputError where its sizes have no Hadamard matrix."""
+def rotated(
+    skeleton: Skeleton, source: TensorSource, device: torch.device | str = "cpu"
+) -> tuple[Skeleton, TensorSource]:
+    """The rotated model, worked out on `device`. Raises InputError where its sizes have no Hadamard matrix."""
     for size in (skeleton.hidden_size, skeleton.head_dim):
         try:
             split_order(size)
@@ -121,4 +123,4 @@ def rotated(skeleton: Skeleton, source: TensorSource) -> tuple[Skeleton, TensorS
             ) from error
     config = copy.deepcopy(skeleton.config)
     config.tie_word_embeddings = False
-    return build_skeleton(config, where=str(source.location)), RotatedSource(source, skeleton)
+    return build_skeleton(config, where=str(source.location)), RotatedSource(source, skeleton, device)

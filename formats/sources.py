@@ -36,7 +36,7 @@ class TensorSource(Protocol):
         """Dtype and shape as `load` will return them, without reading the tensor."""
 
     def load(self, name: str) -> Tensor:
-        """The tensor, on the CPU."""
+        """The tensor; on the CPU, but where an implementation says otherwise."""
 
     def files(self) -> list[Path]:
         """The weight files and their index, sorted: what a fingerprint of the source must cover."""

@@ -73,6 +73,19 @@ class Gptq(_Frozen):
     target: Literal["served", "exact"] = "served"
 
 
+class Tuning(_Frozen):
+    """Gradient descent on the codes and level-1 scales of each block, towards its output in the 16-bit model.
+
+    `steps` of Adam on `tokens` calibration tokens each. The rates, of codes (in codes a step) and scales (relative),
+    fall to zero. GPTQ comes first, with the target "exact".
+    """
+
+    steps: int = Field(100, ge=1)
+    tokens: int = Field(4096, ge=1)
+    code_rate: float = Field(0.005, gt=0.0, le=1.0)
+    scale_rate: float = Field(0.002, gt=0.0, le=0.1)
+
+
 class Calibration(_Frozen):
     """What text the observations are made on: `samples` windows of `seq_len` tokens."""
 
@@ -95,6 +108,7 @@ class Recipe(_Frozen):
     `key_rotation`: "hadamard" rotates queries and keys after RoPE, while the model runs, so that a quantized key cache
     loses less to outlier channels. Only a runtime that rotates (qoq's own) can serve such a checkpoint; any can "none",
     which a checkpoint with a cache of 16 bits always says.
+    `tuning`: codes and scales of a block are tuned together after GPTQ.
     `grid`: level-2 scales and zeros (level 1 per channel) from the range of the weights, or searched for the least
     error.
     """
@@ -105,6 +119,7 @@ class Recipe(_Frozen):
     zero_domain: ZeroDomain = "pre_scale"
     rounding: Literal["rtn", "gptq"] = "rtn"
     gptq: Gptq = Gptq()
+    tuning: Tuning | None = None
     grid: Literal["range", "search"] = "range"
     act_bits: Literal[8, 16] = 8
     kv_bits: Literal[4, 8, 16] = 4
@@ -132,6 +147,12 @@ class Recipe(_Frozen):
     def _check_zeros(self) -> Recipe:
         if self.zero_domain == "post_scale" and self.group_size is None:
             raise ValueError("zero_domain post_scale needs groups: group_size is 128")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Recipe:
+        if self.tuning is not None and (self.rounding != "gptq" or self.gptq.target != "exact"):
+            raise ValueError("tuning needs rounding gptq with the target exact: it starts there, and has the same aim")
         return self
 
     @model_validator(mode="after")

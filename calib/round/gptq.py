@@ -108,7 +108,7 @@ def gptq(
     search: bool = False,
     zero_domain: ZeroDomain = "pre_scale",
 ) -> Rounded:
-    """Quantize weight float32 [N, K] for these inputs, on the weight's device; the result is on the CPU.
+    """Quantize weight float32 [N, K] for these inputs; the result is on the weight's device.
 
     `search`: scales and zeros by the error they leave on such inputs, else by ranges. Inputs that are always zero get
     the codes of zero. Falls back on rounding to nearest where there are fewer tokens than inputs, where H has no

@@ -54,6 +54,36 @@ class Grid:
             return Grid(s1, s2, (torch.round(-low) / s2).clamp(0, CODE_MAX), PROTECTIVE_QMAX, offsets=True)
         return Grid(s1, s2, torch.round(-low / s2).clamp(0, CODE_MAX), PROTECTIVE_QMAX)
 
+    @staticmethod
+    def of_linear(linear: QuantizedLinear) -> Grid:
+        """The grid that the codes of a finished layer lie on."""
+        zeros = linear.zeros.values.float()
+        if linear.s2_scales is None:
+            return Grid(linear.s1_scales, None, zeros, torch.inf)
+        s2, offsets = linear.s2_scales.float(), isinstance(linear.zeros, S2Offsets)
+        return Grid(linear.s1_scales, s2, zeros / s2 if offsets else zeros, PROTECTIVE_QMAX, offsets)
+
+    def grouped(self, values: Tensor) -> Tensor:
+        """values [N, K_padded] as [N, G, 128], or [N, 1, K_padded] per channel."""
+        return values.view(values.shape[0], self.zeros.shape[1], -1)
+
+    @property
+    def group_scales(self) -> Tensor:
+        """In units of s1, float32 [N, G, 1]; 1 per channel."""
+        return (torch.ones_like(self.zeros) if self.s2 is None else self.s2).unsqueeze(2)
+
+    @property
+    def group_zeros(self) -> Tensor:
+        """In codes, float32 [N, G, 1]."""
+        return self.zeros.unsqueeze(2)
+
+    def code_range(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest code that `nearest` gives in each group, float32 [N, G, 1]."""
+        scales, zeros = self.group_scales, self.group_zeros
+        ends = (torch.full_like(zeros, end) for end in (-torch.inf, torch.inf))
+        low, high = (nearest(end, scales, zeros, self.limit) for end in ends)
+        return low, high
+
     def units(self, weight: Tensor) -> Tensor:
         """weight [N, K] in units of s1, clamped, float32 [N, K_padded]."""
         return (padded(weight) / self.s1.float().unsqueeze(1)).clamp(-self.limit, self.limit)
@@ -80,21 +110,26 @@ class Grid:
         """
         return nearest(units, *self.spread(units.shape[1]), self.limit)
 
+    def positions(self, units: Tensor) -> Tensor:
+        """Where units [N, K_padded] lie between codes, float32, not rounded."""
+        scale, zero = self.spread(units.shape[1])
+        return units / scale + zero
+
     def linear(self, codes: Tensor, bias: Tensor | None, in_features: int) -> QuantizedLinear:
-        """The layer with these codes [N, K_padded], on the CPU. Raises ValueError when a value does not fit float16."""
+        """The layer with these codes [N, K_padded], on their device. Raises ValueError when a value leaves float16."""
         return QuantizedLinear(
-            codes=codes.to(torch.uint8).cpu(),
-            s1_scales=self.s1.cpu(),
-            s2_scales=None if self.s2 is None else self.s2.to(torch.uint8).cpu(),
+            codes=codes.to(torch.uint8),
+            s1_scales=self.s1,
+            s2_scales=None if self.s2 is None else self.s2.to(torch.uint8),
             zeros=self._stored_zeros(),
-            bias=None if bias is None else bias.to(torch.float16).cpu(),
+            bias=None if bias is None else bias.to(torch.float16),
             in_features=in_features,
         )
 
     def _stored_zeros(self) -> ZeroPoints | S2Offsets:
         if self.offsets and self.s2 is not None:
-            return S2Offsets(torch.round(self.zeros * self.s2).to(torch.uint8).cpu())
-        return ZeroPoints(self.zeros.to(torch.uint8).cpu())
+            return S2Offsets(torch.round(self.zeros * self.s2).to(torch.uint8))
+        return ZeroPoints(self.zeros.to(torch.uint8))
 
 
 def padded(weight: Tensor) -> Tensor:

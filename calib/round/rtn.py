@@ -18,7 +18,7 @@ def round_to_nearest(
     search: bool = False,
     zero_domain: ZeroDomain = "pre_scale",
 ) -> QuantizedLinear:
-    """Quantize weight float32 [N, K] with its bias [N], on the weight's device; the result is on the CPU.
+    """Quantize weight float32 [N, K] with its bias [N]; the result is on their device.
 
     group_size 128: int8 scale per channel, then uint4 codes with integer scale and zero per group (QServe paper,
     section 4.1). None: uint4 codes with one scale and zero per channel. K is padded to a multiple of 128 with codes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -357,6 +358,9 @@ def _render_result(console: Console, plan: Plan, result: RunResult) -> None:
     )
     summary.add_row("bits per weight", f"{_bits(totals['bits_per_weight'])} in {totals['quantized_linears']} linears")
     resumed = f", continued at block {result.resumed_at}" if result.resumed_at else ""
+    tuned = [record["tuned_loss"] for record in manifest["blocks"] if record["tuned_loss"] is not None]
+    if tuned:
+        summary.add_row("tuning", f"left {statistics.mean(tuned):.0%} of the loss of a block, on average")
     summary.add_row("time", duration(run["seconds"]) + resumed)
     peaks = ", ".join(f"{size(count)} {where}" for where, count in sorted(run["peak_bytes"].items()))
     summary.add_row("peak memory", peaks)

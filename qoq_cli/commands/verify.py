@@ -199,7 +199,7 @@ def _compare(
     skeleton, source = open_model(location.path, trust_remote_code=trust_remote_code)
     recipe = read_manifest(folder)["recipe"]
     if recipe.get("rotation") is not None:
-        skeleton, source = rotated(skeleton, source)
+        skeleton, source = rotated(skeleton, source, device)
     served = open_served(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     corpus = load_corpus("builtin", builtin=builtin_texts("evaluation"), purpose="evaluation")

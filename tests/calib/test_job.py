@@ -530,7 +530,7 @@ def test_two_runs_give_the_same_bytes(quantize: Quantize, make_model: MakeModel)
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("stop_at", ["block 0: written", "block 1: rounding mlp.gate_proj"])
+@pytest.mark.parametrize("stop_at", ["block 0: done", "block 1: rounding mlp.gate_proj"])
 def test_an_interrupted_run_ends_with_the_same_files(
     stop_at: str, quantize: Quantize, make_model: MakeModel, tmp_path: Path
 ) -> None:
