@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def rows(grid: str) -> list[Row]:
         Row("+ rotation", {**plain, "rotation": paper["rotation"]}),
         Row("+ SmoothAttention", {**gptq, "rounding": "rtn"}),
         Row("+ output smoothing, reorder", {**paper, "rounding": "rtn", "grid": "range"}),
+        Row("+ GPTQ", {**paper, "grid": "range"}),
         Row(f"qoq-{grid}", paper, is_named=True),
         Row(".. without output smoothing, reorder", gptq),
         Row(".. + searched grid", searched),
@@ -153,6 +155,7 @@ def summary(scores: list[dict[str, Any]], baseline: float) -> dict[str, Any]:
         **mean,
         "loss": mean["perplexity"] / baseline - 1,
         "perplexities": [each["perplexity"] for each in scores],
+        "kl_divergences": [each["kl_divergence"] for each in scores],
     }
 
 
@@ -218,7 +221,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/ablation"))
     parser.add_argument("--grid", choices=sorted(_GRIDS), action="append")
     parser.add_argument("--rows", choices=("all", "named", "steps"), default="all", help="named recipes, or the rest")
-    parser.add_argument("--only", default="", help="rows whose names contain this")
+    parser.add_argument("--only", default="", help="rows whose names match this regular expression")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--calib-seq-len", type=int, default=512)
@@ -230,7 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     options.grid = options.grid or list(_GRIDS)
     options.work.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in plan(options) if options.only in run.row.name]
+    runs = [run for run in plan(options) if re.search(options.only, run.row.name)]
     if options.rows != "all":
         runs = [run for run in runs if run.row.is_named == (options.rows == "named")]
     table = Table(options)

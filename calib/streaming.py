@@ -1,7 +1,8 @@
 """Decoder blocks, one on the device at a time: load, build, run.
 
-Peak memory is one block and the hidden states of the windows, whatever the depth of the model. All arithmetic is
-float32, so that what is measured is quantization and not the rounding of the calibration machine.
+Peak memory is one block and the hidden states of the windows, whatever the depth of the model. Arithmetic is
+float32, so that what is measured is quantization and not the rounding of the calibration machine; `tf32_products` says
+where a GPU may do less.
 """
 
 from __future__ import annotations

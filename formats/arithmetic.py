@@ -85,17 +85,16 @@ def integer_matmul(act_codes: Tensor, weight_values: Tensor) -> Tensor:
     """Exact int32 [M, N] product of int8 codes [M, K] and int8 weights [N, K].
 
     On a GPU it runs as it is; elsewhere as float32 products over at most 1024 inputs at a time, each exact, added in
-    int32.
+    int32. Raises ValueError where K is 0.
     """
+    if act_codes.shape[1] < 1:
+        raise ValueError("K must be at least 1")
     if act_codes.is_cuda:
         return _integer_matmul_cuda(act_codes, weight_values)
-    total: Tensor | None = None
+    total = torch.zeros(act_codes.shape[0], weight_values.shape[0], dtype=torch.int32, device=act_codes.device)
     for start in range(0, act_codes.shape[1], _EXACT_K):
         stop = start + _EXACT_K
-        part = act_codes[:, start:stop].float() @ weight_values[:, start:stop].float().t()
-        total = part.to(torch.int32) if total is None else total.add_(part.to(torch.int32))
-    if total is None:
-        raise ValueError("K must be at least 1")
+        total += (act_codes[:, start:stop].float() @ weight_values[:, start:stop].float().t()).to(torch.int32)
     return total
 
 

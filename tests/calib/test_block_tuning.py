@@ -110,8 +110,9 @@ def quantize(
     output: Path,
     recipe: Recipe,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    plan = make_plan(QuantizeRequest(model.folder, "random", output, recipe))
+    plan = make_plan(QuantizeRequest(model.folder, "random", output, recipe, device=device))
     text = Windows(windows, len(windows), "fingerprint", "random")
     result = run(plan, lambda: text, restart=False, tool_version="0.0.1", on_progress=on_progress)
     records: list[dict[str, Any]] = result.manifest["blocks"]
@@ -192,3 +193,18 @@ def test_cut_off_within_a_tuning_it_ends_with_the_same_files(
 def test_it_needs_the_hidden_states_of_the_16_bit_model(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="tuning needs rounding gptq with the target exact"):
         recipe(**changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_on_a_gpu_it_is_the_same_from_run_to_run(make_model: MakeModel, tokens: Tokens, tmp_path: Path) -> None:
+    """With all that is done there before: rotation, observing passes in TF32, int8 products."""
+    model, windows = make_model("qwen2", num_hidden_layers=4), tokens(16, 64)
+    whole = recipe(rotation="hadamard", align_keys="mean", grid="search", zero_domain="post_scale")
+    first = quantize(model, windows, tmp_path / "first", whole, device="cuda")
+    quantize(model, windows, tmp_path / "second", whole, device="cuda")
+    for path in (tmp_path / "first").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+    on_cpu = quantize(model, windows, tmp_path / "cpu", whole)
+    for mine, other in zip(first, on_cpu, strict=True):
+        assert mine["output_error"] == pytest.approx(other["output_error"], rel=0.15)

@@ -146,6 +146,16 @@ def test_random_products_are_exact(m: int, n: int, k: int, seed: int) -> None:
     assert torch.equal(product.long(), acts @ weights.t())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (16, 32, 128), (17, 33, 130), (40, 8, 5000)])
+def test_products_on_a_gpu_are_exact(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    acts, weights = torch.randint(-127, 128, (m, k)), torch.randint(-128, 128, (n, k))
+    product = integer_matmul(acts.to(torch.int8).cuda(), weights.to(torch.int8).cuda())
+    assert torch.equal(product.cpu().long(), acts @ weights.t())
+
+
 def test_no_inputs_make_no_product() -> None:
     with pytest.raises(ValueError, match="K must be at least 1"):
         integer_matmul(torch.zeros(2, 0, dtype=torch.int8), torch.zeros(3, 0, dtype=torch.int8))

@@ -35,6 +35,8 @@ def test_the_method_and_its_baseline_come_in_both_modes() -> None:
         assert (plain.rounding, plain.rotation, plain.smooth_attention) == ("rtn", None, None)
         assert (paper.rounding, paper.rotation, paper.gptq.target) == ("gptq", "hadamard", "served")
         assert (best.rounding, best.rotation, best.gptq.target) == ("gptq", "hadamard", "exact")
+        assert best.tuning is not None
+        assert paper.tuning is None
 
 
 def test_the_recipes_of_the_paper_are_tuned_for_models_its_authors_measured() -> None:
