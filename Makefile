@@ -56,13 +56,13 @@ demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: export HF_HUB_OFFLINE := 1
 demo: setup ## quantize the embedded model two ways, verify, compare (no GPU, no network)
 	qoq quantize tiny --recipe rtn-g128 -o build/demo/tiny-rtn --restart
-	qoq quantize tiny --recipe qoq-g128-best -o build/demo/tiny-qoq --restart
+	qoq quantize tiny --recipe qoq-g128 -o build/demo/tiny-qoq --restart
 	qoq verify build/demo/tiny-qoq --against tiny
 	qoq eval build/demo/tiny-rtn build/demo/tiny-qoq --baseline tiny --ppl builtin
 
 .PHONY: bench
 bench: export PATH := $(abspath $(BIN)):$(PATH)
-bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, peak memory (about 20 minutes)
+bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, peak memory (about half an hour)
 	python benchmarks/ablation.py qoq_cli/demo/tiny --calib qoq_cli/demo/tiny/calibration.txt --samples 64 --seq-len 512 \
 	  --limit 49 --evaluation qoq_cli/demo/tiny/evaluation.txt --device cpu --out benchmarks/ablation-tiny.json
 	python benchmarks/key_outliers.py tiny --calib qoq_cli/demo/tiny/calibration.txt --seq-len 512 --limit 49 --samples 64 \
