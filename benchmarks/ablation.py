@@ -103,16 +103,18 @@ def qoq(*arguments: object) -> dict[str, Any]:
 
 
 def make(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Quantize; the manifest. A checkpoint that an earlier run left in --work is taken."""
-    folder = options.work / run.folder
-    if (folder / "qoq_manifest.json").is_file():
-        manifest: dict[str, Any] = json.loads((folder / "qoq_manifest.json").read_text())
-        return manifest
-    recipe = options.work / f"{run.folder}.yaml"
-    recipe.write_text(json.dumps(run.row.recipe))
+    """Quantize; the manifest. A checkpoint that an earlier run left in --work is taken if it was asked for alike."""
+    folder, recipe = options.work / run.folder, options.work / f"{run.folder}.yaml"
+    asked = options.work / f"{run.folder}.asked.json"
     calibration = ("--calib", options.calib, "--samples", options.samples, "--seq-len", options.calib_seq_len)
     given = ("--recipe", recipe, *calibration, "--seed", run.seed, "--device", options.device)
-    return qoq("quantize", run.model, *given, "-o", folder)
+    question = json.dumps([run.model, run.row.recipe, *map(str, given)])
+    if (folder / "qoq_manifest.json").is_file() and asked.is_file() and asked.read_text() == question:
+        manifest: dict[str, Any] = json.loads((folder / "qoq_manifest.json").read_text())
+        return manifest
+    recipe.write_text(json.dumps(run.row.recipe))
+    asked.write_text(question)
+    return qoq("quantize", run.model, *given, "-o", folder, "--restart")
 
 
 def score(run: Run, options: argparse.Namespace) -> tuple[dict[str, Any], float]:

@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
+    if arguments.blocks < 2:
+        parser.error("--blocks: at least 2, the first is not typical")
     rows = []
     with tempfile.TemporaryDirectory() as work:
         random_model(Path(work, "model"), arguments.blocks)

@@ -202,17 +202,13 @@ def _save_block(
     state: JobState,
     hidden: Tensor | None,
 ) -> None:
-    _write_block(plan, index, block, writer)
-    work.commit(state, hidden)
-
-
-def _write_block(plan: Plan, index: int, block: FinishedBlock, writer: ShardWriter) -> None:
     prefix = plan.skeleton.family.block_prefix(index)
     for name, tensor in block.kept.items():
         writer.write(prefix + name, tensor)
     for name, linear in block.quantized.items():
         writer.write_linear(prefix + name, linear)
     writer.sync()
+    work.commit(state, hidden)
 
 
 def _peak(earlier: dict[str, int], device: str) -> dict[str, int]:

@@ -320,7 +320,9 @@ def _estimate(
         passes += 3.0 * recipe.tuning.steps * step / tokens
         # Positions, gradients and two averages of them; what is kept of a pass until the gradients come back.
         tuned = 7 * 4 * weights
-        activations = max(activations, 12 * step * sum(one.in_features + one.out_features for one in linears.values()))
+        kept = 3 * sum(one.in_features + one.out_features for one in linears.values())
+        kept += 3 * skeleton.num_heads * calibration.seq_len  # attention keeps scores and probabilities
+        activations = max(activations, 4 * step * kept)
     operations = 2 * passes * 2.0 * weights * tokens + other
     return Estimate(
         block=weights * 4 + max(moments, tuned),

@@ -360,7 +360,8 @@ def _render_result(console: Console, plan: Plan, result: RunResult) -> None:
     resumed = f", continued at block {result.resumed_at}" if result.resumed_at else ""
     tuned = [record["tuned_loss"] for record in manifest["blocks"] if record["tuned_loss"] is not None]
     if tuned:
-        summary.add_row("tuning", f"left {statistics.mean(tuned):.0%} of the loss of a block, on average")
+        unchanged = f"; {tuned.count(1.0)} of {len(tuned)} blocks gained nothing and stay" if 1.0 in tuned else ""
+        summary.add_row("tuning", f"left {statistics.mean(tuned):.0%} of the loss of a block, on average{unchanged}")
     summary.add_row("time", duration(run["seconds"]) + resumed)
     peaks = ", ".join(f"{size(count)} {where}" for where, count in sorted(run["peak_bytes"].items()))
     summary.add_row("peak memory", peaks)
