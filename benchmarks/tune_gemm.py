@@ -1,10 +1,12 @@
 """Measure every tile of kernels/tables/gemm.json on this GPU and write the best of each shape and M into the table.
 
+On Hopper it is Hopper's own kernels that are measured, launched as they are used, each free to start before the one
+before has ended; --portable measures those that every architecture has, without that.
+
     python benchmarks/tune_gemm.py --write
 
 Results are not compared here: that every tile is exact is for `make test-gpu` to say. Calls rotate over more weights
-than the L2 holds, in a CUDA graph without programmatic launch; candidates are interleaved over the rounds, since heat
-moves the clock.
+than the L2 holds, in a CUDA graph; candidates are interleaved over the rounds, since heat moves the clock.
 """
 
 from __future__ import annotations
@@ -24,25 +26,30 @@ import torch
 from torch import Tensor
 
 from qoq.kernels.compiler import compile_all
-from qoq.kernels.dispatch import GEMM_TABLE, OUT_FORMATS, GemmChoice, WeightFormat, gemm_table, gemm_tile
+from qoq.kernels.dispatch import GEMM_TABLE, GemmChoice, gemm_table, gemm_tile
 from qoq.kernels.gemm import run_gemm
-from qoq.kernels.launch import architecture
+from qoq.kernels.gemm_sm90 import run_gemm_sm90
+from qoq.kernels.gemm_tiles import HOPPER, OUT_FORMATS, Sm90Tile, WeightFormat, weight_block_bytes
+from qoq.kernels.launch import architecture, is_hopper
+from qoq.kernels.tiles import PAIR_CHANNELS, tile_activations
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS: dict[WeightFormat, list[int]] = {
+PORTABLE_TOKENS: dict[WeightFormat, list[int]] = {
     "g128": [1, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096],
     "per_channel": [1, 16, 32, 64, 128, 256, 1024, 4096],
     "int8": [16, 32, 64, 128, 256, 1024, 4096],
 }
 """Values of M that are measured; each row serves up to its own, the last one any."""
-WEIGHTS = list(TOKENS)
+HOPPER_TOKENS = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096]
+WEIGHTS = list(PORTABLE_TOKENS)
 ROTATED_BYTES = 256 << 20
+_LARGE = 192
 
 
 class Problem:
     """One shape: random weights in several copies, and activations."""
 
-    def __init__(self, weights: WeightFormat, n: int, k: int, most_tokens: int) -> None:
+    def __init__(self, weights: WeightFormat, n: int, k: int, most_tokens: int, *, is_hopper: bool) -> None:
         generator = torch.Generator("cuda").manual_seed(n + k)
         self.weights, self.n, self.k = weights, n, k
         bytes_each = n * k if weights == "int8" else n * k // 2
@@ -53,6 +60,9 @@ class Problem:
         self.copies = max(1, math.ceil(ROTATED_BYTES / bytes_each))
         width = k if weights == "int8" else k // 2
         self.weight = [integers(-128, 128, n, width) for _ in range(self.copies)]
+        if is_hopper:  # bytes of no meaning, scales included
+            shape = (n // PAIR_CHANNELS, k // 128, 2, weight_block_bytes(weights))
+            self.weight = [integers(0, 256, *shape, dtype=torch.uint8) for _ in range(self.copies)]
         self.s1 = torch.rand(n, generator=generator, device="cuda").half() * 1e-3
         self.s2 = integers(1, 17, k // 128, n) if weights == "g128" else None
         self.zeros = integers(-120, 1, k // 128, n) if weights == "g128" else None
@@ -61,8 +71,27 @@ class Problem:
         self.scales = torch.rand(most_tokens, generator=generator, device="cuda") * 1e-2
         self.sums = self.codes.sum(1, dtype=torch.int32)
         self.out = torch.empty(most_tokens, n, dtype=torch.float16, device="cuda")
+        self._tiles: dict[int, Tensor] = {}
+        torch.cuda.synchronize()
 
     def run(self, m: int, copy: int, choice: GemmChoice) -> None:
+        if isinstance(choice.tile, Sm90Tile):
+            if m not in self._tiles:
+                self._tiles = {m: tile_activations(self.codes[:m])}
+            run_gemm_sm90(
+                self.weights,
+                self._tiles[m],
+                self.scales[:m],
+                self.sums[:m],
+                self.weight[copy],
+                self.s1,
+                self.szeros,
+                None,
+                torch.float16,
+                choice=choice,
+                out=self.out[:m],
+            )
+            return
         run_gemm(
             self.weights,
             self.codes[:m],
@@ -105,16 +134,17 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int
 
 
 def without_spills(arch: str, formats: list[WeightFormat]) -> dict[WeightFormat, set[str]]:
-    """Tiles whose kernels, for every output, fit the registers."""
+    """Tiles of the kernels for `arch` that, for every output, fit the registers."""
+    names = [name for name in gemm_table()["tiles"] if isinstance(gemm_tile(name), Sm90Tile) == (arch == HOPPER)]
     jobs = {
         (gemm_tile(name).spec(arch, weights, out), arch): (weights, name)
-        for name in gemm_table()["tiles"]
+        for name in names
         for weights in formats
         for out in OUT_FORMATS
     }
     cubins = compile_all(jobs)
     spilling = {jobs[job] for job, cubin in cubins.items() if cubin.resources.spill_bytes}
-    return {w: {name for name in gemm_table()["tiles"] if (w, name) not in spilling} for w in formats}
+    return {w: {name for name in names if (w, name) not in spilling} for w in formats}
 
 
 def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
@@ -122,7 +152,10 @@ def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
     found = {}
     for name in sorted(names):
         tile = gemm_tile(name)
-        if (tile.block_m > 16 and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 64):
+        least = 8 if isinstance(tile, Sm90Tile) else 16
+        if (tile.block_m > least and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 64):
+            continue
+        if isinstance(tile, Sm90Tile) and m > 4 * tile.tokens and tile.tokens < _LARGE:
             continue
         for stream in (True, False):
             found[f"{name}/{'stream' if stream else 'tiles'}"] = GemmChoice(tile, stream, "tuning")
@@ -154,18 +187,23 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="all measurements as JSON")
     parser.add_argument("--weights", default="g128,per_channel,int8")
     parser.add_argument("--tokens", help="only these M, for every format; rows for smaller ones stay")
+    parser.add_argument("--portable", action="store_true", help="on Hopper: the kernels that every architecture has")
     parser.add_argument("--seconds", type=float, default=600, help="stop measuring after this long")
     arguments = parser.parse_args()
-    arch = architecture(torch.cuda.current_device())
+    device = torch.cuda.current_device()
+    on_hopper = is_hopper(device) and not arguments.portable
+    arch = HOPPER if on_hopper else architecture(device)
     formats: list[WeightFormat] = arguments.weights.split(",")
     started = time.perf_counter()
     usable = without_spills(arch, formats)
     print(f"compiled in {time.perf_counter() - started:.1f} s; tiles without spills: {usable}", flush=True)
     started, log, rows = time.perf_counter(), [], []
     for weights in formats:
-        tokens = [int(m) for m in arguments.tokens.split(",")] if arguments.tokens else TOKENS[weights]
+        tokens = HOPPER_TOKENS if on_hopper else PORTABLE_TOKENS[weights]
+        if arguments.tokens:
+            tokens = [int(m) for m in arguments.tokens.split(",")]
         for shape, (n, k) in SHAPES.items():
-            problem = Problem(weights, n, k, max(tokens))
+            problem = Problem(weights, n, k, max(tokens), is_hopper=on_hopper)
             for m in tokens:
                 if time.perf_counter() - started > arguments.seconds:
                     sys.exit("out of time")

@@ -4,10 +4,12 @@
     qoq::silu_mul_quantize       of silu(gate) * up: the input of down_proj
     qoq::rms_norm_quantize       of RMSNorm(x): the input of a block's first linears
     qoq::add_rms_norm_quantize   the same after a residual is added, and the sum for the next residual
+    qoq::quantize_activation_tiled   of x, codes in the order of Hopper's products (`qoq.kernels.tiles`)
 
-Each returns act_codes int8 [M, K_pad] (K padded with zeros to a multiple of 128), act_scales float32 [M] and act_sums
-int32 [M], bit for bit what `formats.arithmetic.quantize_activation` gives on the CPU for the values quantized. A NaN or
-an infinity among them makes the token's scale NaN or infinite, with codes 0, so that every output of the token is NaN.
+Each of the others returns act_codes int8 [M, K_pad] (K padded with zeros to a multiple of 128), act_scales float32 [M]
+and act_sums int32 [M], bit for bit what `formats.arithmetic.quantize_activation` gives on the CPU for the values
+quantized. A NaN or an infinity among them makes the token's scale NaN or infinite, with codes 0, so that every output
+of the token is NaN.
 
 The values are rounded to x's dtype at each step, as transformers' modules round: silu(gate) before the product,
 x / sqrt(mean(x^2) + eps) before the weight, the residual sum before its norm. Sums of squares are float32 in an order
@@ -27,6 +29,7 @@ from torch import Tensor
 from qoq.formats.packing import padded_in_features
 from qoq.kernels.compiler import KernelSpec
 from qoq.kernels.launch import load_kernel
+from qoq.kernels.tiles import activation_tiles_shape
 
 MAX_K = 53248
 """The longest row: beyond, it would not fit the registers of a block."""
@@ -72,7 +75,9 @@ def row_shape(k: int) -> RowShape:
     return RowShape(vectors, warps=math.ceil(vectors_of_row / (32 * vectors)), rows=1)
 
 
-def spec(operation: str, dtype: torch.dtype, shape: RowShape, *, store_values: bool = False) -> KernelSpec:
+def spec(
+    operation: str, dtype: torch.dtype, shape: RowShape, *, store_values: bool = False, tiled: bool = False
+) -> KernelSpec:
     """The instantiation for inputs of `dtype`; with `store_values`, for tests, it also writes what it quantizes."""
     defines = {
         "OPERATION": OPERATIONS.index(operation),
@@ -80,16 +85,20 @@ def spec(operation: str, dtype: torch.dtype, shape: RowShape, *, store_values: b
         "VECTORS": shape.vectors,
         "WARP_ROWS": int(shape.rows > 1),
         "STORE_VALUES": int(store_values),
+        "TILED": int(tiled),
     }
     return KernelSpec("sm80/act_quant.cu", "qoq_act_quant_sm80", tuple(defines.items()), shape.threads)
 
 
-def specs(architecture: str) -> list[KernelSpec]:  # noqa: ARG001  (every architecture gets the same)
+def specs(architecture: str) -> list[KernelSpec]:
     """All that can be asked for, each with its largest block: a smaller one is a launch of the same compiled kernel."""
     largest = [row_shape(_VECTOR * limit) for limit, _ in _WARP_VECTORS + _VECTORS]
+    orders = [(operation, False) for operation in OPERATIONS]
+    if architecture == "sm_90":
+        orders.append(("plain", True))
     return [
-        spec(operation, dtype, shape)
-        for operation in OPERATIONS
+        spec(operation, dtype, shape, tiled=tiled)
+        for operation, tiled in orders
         for dtype in _IN_FORMATS
         for shape in largest
         if 32 * _VECTOR * shape.vectors * shape.warps <= max_k(operation)
@@ -105,6 +114,12 @@ def max_k(operation: str) -> int:
 def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and sums of x [M, K], float16 or bfloat16, K a multiple of 8."""
     return run_quantizer("plain", x)[:3]
+
+
+@torch.library.custom_op("qoq::quantize_activation_tiled", mutates_args=(), device_types="cuda")
+def quantize_activation_tiled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 as `tiles.tile_activations` has them, scales and sums of x [M, K], as `quantize_activation`."""
+    return run_quantizer("plain", x, tiled=True)[:3]
 
 
 @torch.library.custom_op("qoq::silu_mul_quantize", mutates_args=(), device_types="cuda")
@@ -135,6 +150,11 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(x, x.shape[1])
 
 
+@quantize_activation_tiled.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, x.shape[1], tiled=True)
+
+
 @silu_mul_quantize.register_fake
 def _(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(gate_up, gate_up.shape[1] // 2)
@@ -159,21 +179,23 @@ def run_quantizer(
     eps: float = 0.0,
     values: Tensor | None = None,
     out: Quantized | None = None,
+    tiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Check the operands and launch one of OPERATIONS. The fourth result is the sum with the residual, if there is one.
 
     values  for tests: [M, K] in x's dtype, receives what is quantized
     out     for tests: where to write, else new tensors
+    tiled   codes in the order of Hopper's products; those of tokens that fill the last eight are not written
     Raises ValueError, before any launch, for operands that the kernel cannot take.
     """
     k = check_operands(operation, x, residual=residual, weight=weight, eps=eps)
     m, device = x.shape[0], x.device.index
-    codes, scales, sums = _outputs(x, k) if out is None else out
+    codes, scales, sums = _outputs(x, k, tiled=tiled) if out is None else out
     added = None if residual is None else x.new_empty(m, k)
     if m == 0:
         return codes, scales, sums, added
     shape = row_shape(k)
-    kernel = load_kernel(spec(operation, x.dtype, shape, store_values=values is not None), device)
+    kernel = load_kernel(spec(operation, x.dtype, shape, store_values=values is not None, tiled=tiled), device)
     with torch.cuda.device(device):
         kernel.launch(
             (math.ceil(m / shape.rows), 1, 1),
@@ -188,7 +210,7 @@ def run_quantizer(
                 values,
                 m,
                 k,
-                codes.shape[1],
+                padded_in_features(k),
                 _row_stride(x),
                 0 if residual is None else _row_stride(residual),
                 float(eps),
@@ -242,11 +264,11 @@ def _row_stride(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.ndim > 1 and tensor.shape[0] > 1 else 0
 
 
-def _outputs(x: Tensor, k: int) -> Quantized:
+def _outputs(x: Tensor, k: int, *, tiled: bool = False) -> Quantized:
     """Unwritten act_codes, act_scales and act_sums for the rows of x."""
-    m = x.shape[0]
+    m, k_pad = x.shape[0], padded_in_features(k)
     return (
-        x.new_empty((m, padded_in_features(k)), dtype=torch.int8),
+        x.new_empty(activation_tiles_shape(m, k_pad) if tiled else (m, k_pad), dtype=torch.int8),
         x.new_empty((m,), dtype=torch.float32),
         x.new_empty((m,), dtype=torch.int32),
     )

@@ -1,7 +1,8 @@
 """Benchmark of the GEMMs of a decoder layer: model-shaped problems, our kernels beside what a user would use instead.
 
 Only the products are timed; inputs are quantized beforehand, for every variant. Data are random: a GPU computes zeros
-with less power, and so faster.
+with less power, and so faster. On Hopper ours are its own kernels, on operands laid out for them; a product may start
+before the one before has ended, and then waits for it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from qoq.formats.packing import padded_in_features
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.dispatch import WeightFormat, choose_gemm
+from qoq.kernels.dispatch import choose_gemm
+from qoq.kernels.gemm_tiles import HOPPER, WeightFormat, weight_block_bytes
+from qoq.kernels.launch import is_hopper
 from qoq.kernels.random_weights import random_act_codes, random_packed_linear
 from qoq.kernels.roofline import Roofline
+from qoq.kernels.tiles import tile_activations, tile_int8_weights, tile_weights
 from qoq.kernels.timing import REST, Timing, Variant, copies_beyond_cache, measure
 from qoq.recipes.errors import EnvironmentProblem
 from qoq.recipes.schema import GROUP_SIZE
@@ -104,8 +108,9 @@ def gemm_kernels(
 ) -> list[KernelSpec]:
     """What `bench_gemms` will launch, to be compiled beforehand and in parallel."""
     formats: dict[str, WeightFormat] = {"w4a8-g128": "g128", "w4a8-chn": "per_channel", "w8a8": "int8"}
+    kernels = HOPPER if architecture == "sm_90" else architecture
     return [
-        choose_gemm(architecture, weights, m, n, padded_in_features(k)).tile.spec(architecture, weights, "float16")
+        choose_gemm(kernels, weights, m, n, padded_in_features(k)).tile.spec(kernels, weights, "float16")
         for name, weights in formats.items()
         if name in variants
         for n, k in gemms.values()
@@ -128,7 +133,7 @@ def bench_gemms(
 
     Raises EnvironmentProblem when the weights of one product do not fit; errors of our own kernels come through.
     """
-    import qoq.kernels.gemm  # noqa: F401  (registers the operators)
+    import qoq.kernels.ops  # noqa: F401  (registers the operators)
 
     report = GemmReport()
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -158,6 +163,7 @@ class GemmProblem:
 
     def __init__(self, n: int, k: int, wanted: Sequence[str], generator: torch.Generator) -> None:
         self._n, self._k, self._wanted, self._generator = n, k, wanted, generator
+        self._is_hopper = is_hopper(torch.cuda.current_device())
         cache_bytes = int(torch.cuda.get_device_properties(generator.device).L2_cache_size)
         free, _ = torch.cuda.mem_get_info()
         forms = dict.fromkeys(_FORMS[name] for name in wanted if name in _FORMS)
@@ -172,12 +178,20 @@ class GemmProblem:
                     remedy="bench a smaller model, or free the GPU",
                 )
             self._weights[form] = [self._make(form) for _ in range(copies)]
+        torch.cuda.synchronize()  # kernels that overlap read weights ahead of what was enqueued
 
     def _make(self, form: str) -> dict[str, Tensor]:
         n, k, device = self._n, self._k, self._generator.device
         if form in ("g128", "chn"):
-            return random_packed_linear(n, k, progressive=form == "g128", generator=self._generator)
-        if form == "int8":
+            packed = random_packed_linear(n, k, progressive=form == "g128", generator=self._generator)
+            if not self._is_hopper:
+                return packed
+            unchanged = {name: tensor for name, tensor in packed.items() if name.startswith("s1_")}
+            return {"tiles": tile_weights(packed), **unchanged}
+        if form == "w8a8" and self._is_hopper:
+            made = self._make("int8")
+            return {"tiles": tile_int8_weights(made["weight"]), "s1_scales": made["s1_scales"]}
+        if form in ("int8", "w8a8"):
             weight = torch.empty(n, padded_in_features(k), dtype=torch.int8, device=device)
             scales = torch.rand(n, generator=self._generator, device=device) * 1e-4 + 1e-4
             return {"weight": weight.random_(-127, 128, generator=self._generator), "s1_scales": scales.half()}
@@ -189,6 +203,7 @@ class GemmProblem:
         """The calls for M tokens; those that cannot run here are told in `skipped`."""
         codes, scales, sums = random_act_codes(m, self._k, generator=self._generator)
         x = torch.randn(m, self._k, generator=self._generator, device=codes.device)
+        tiles = tile_activations(codes) if self._is_hopper else codes
         operators = torch.ops.qoq
         for name in self._wanted:
             if name == "int8" and m < _INT_MM_ROWS:
@@ -199,7 +214,9 @@ class GemmProblem:
                 continue
             copies = self._weights[_FORMS[name]]
             call: Callable[[int], object]
-            if name in ("w4a8-g128", "w4a8-chn"):
+            if name in OURS and self._is_hopper:
+                call = _hopper_call(tiles, scales, sums, copies)
+            elif name in ("w4a8-g128", "w4a8-chn"):
                 call = _packed_call(operators.w4a8_gemm, codes, scales, sums, copies)
             elif name == "w8a8":
                 call = _w8a8_call(operators.w8a8_gemm, codes, scales, copies)
@@ -215,7 +232,7 @@ class GemmProblem:
 _FORMS = {
     "w4a8-g128": "g128",
     "w4a8-chn": "chn",
-    "w8a8": "int8",
+    "w8a8": "w8a8",
     "int8": "int8",
     "fp8": "fp8",
     "fp8-row": "fp8",
@@ -234,6 +251,18 @@ def _packed_call(
     names = ("qweight", "s1_scales", "s2_scales", "s2_zeros", "s1_szeros", "bias")
     tensors = [[packed.get(name) for name in names] for packed in copies]
     return lambda i: operator(codes, scales, sums, *tensors[i], torch.float16)
+
+
+def _hopper_call(act_tiles: Tensor, scales: Tensor, sums: Tensor, copies: _Copies) -> Callable[[int], object]:
+    operators = torch.ops.qoq
+
+    def call(i: int) -> object:
+        tiles, s1_scales, s1_szeros = (copies[i].get(name) for name in ("tiles", "s1_scales", "s1_szeros"))
+        if tiles is not None and tiles.shape[-1] == weight_block_bytes("int8"):
+            return operators.w8a8_gemm_sm90(act_tiles, scales, tiles, s1_scales, None, torch.float16)
+        return operators.w4a8_gemm_sm90(act_tiles, scales, sums, tiles, s1_scales, s1_szeros, None, torch.float16)
+
+    return call
 
 
 def _w8a8_call(

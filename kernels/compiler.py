@@ -91,6 +91,7 @@ def compile_kernel(spec: KernelSpec, arch: str, *, folder: Path | None = None, r
     EnvironmentProblem where NVRTC is missing or the cache cannot be used.
     """
     nvrtc = _nvrtc()
+    arch = compiled_for(spec, arch)
     closure = read_closure(spec.source, root)
     options = (*_OPTIONS, f"-arch={arch}", *(f"-D{name}={value}" for name, value in spec.defines))
     key = _key(closure, options, nvrtc.getVersion(), spec.entry)
@@ -111,6 +112,11 @@ def compile_kernel(spec: KernelSpec, arch: str, *, folder: Path | None = None, r
             remedy="set QOQ_CACHE to a folder that can be written, on a disk with room",
         ) from error
     return found
+
+
+def compiled_for(spec: KernelSpec, arch: str) -> str:
+    """The `-arch` of `spec` on devices of `arch`: sources in sm90/ use instructions that only sm_90a has."""
+    return "sm_90a" if arch == "sm_90" and spec.source.startswith("sm90/") else arch
 
 
 def compile_all(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.dispatch import shared_bytes_of_sm
+from qoq.kernels.gemm_tiles import shared_bytes_of_sm
 from qoq.kernels.layouts import block_bytes
 
 FORMATS = (torch.float16, torch.bfloat16)

@@ -2,7 +2,8 @@
 
 `tables/gemm.json` holds the GEMM's tiles by name and rows that say which tile serves which M, measured for weights of a
 format and a shape [N, K] on an architecture (`make tune`). `choose_gemm` takes the rows of the nearest shape; an
-architecture that was never measured takes those of sm_90, with the stages that its shared memory holds.
+architecture that was never measured takes those of sm_90, with the stages that its shared memory holds. Hopper has rows
+of its own under "sm_90a", for operands laid out for it.
 """
 
 from __future__ import annotations
@@ -12,100 +13,14 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qoq.kernels.compiler import KernelSpec
+from qoq.kernels.gemm_tiles import HOPPER, OUT_FORMATS, WEIGHT_FORMATS, GemmTile, Sm90Tile, Tile, WeightFormat
 from qoq.recipes.schema import GROUP_SIZE
 
-WeightFormat = Literal["g128", "per_channel", "int8"]
-OutFormat = Literal["float16", "bfloat16", "int32"]
-WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("g128", "per_channel", "int8")
-OUT_FORMATS: tuple[OutFormat, ...] = ("float16", "bfloat16", "int32")
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100a", "sm_120a")
-"""What the portable kernels are compiled for in continuous integration."""
-
-_SHARED_KIB = {"sm_80": 164, "sm_87": 164, "sm_90": 228, "sm_100a": 228, "sm_103a": 228}
-_OTHER_SHARED_KIB = 100
-_RESERVED_KIB = 1
-"""Of the shared memory of an SM (CUDA programming guide, "Technical Specifications"), each block loses this much."""
-
-WORKSPACE_SUMS_PER_SM = 36864
-"""Sums (int32) of shared tiles that the workspace of the GEMMs holds for each SM: blocks_per_sm * block_n * block_m."""
-
-_FEW_STAGES = 3
-_STAGE_ALIGNMENT = 128
-_STATIC_SHARED_BYTES = 128
 _MEASURED_FIRST = "sm_90"
 GEMM_TABLE = Path(__file__).resolve().parent / "tables" / "gemm.json"
-
-
-def shared_bytes_of_sm(architecture: str) -> int:
-    """Shared memory of one SM, in bytes."""
-    return _SHARED_KIB.get(architecture, _OTHER_SHARED_KIB) * 1024
-
-
-@dataclass(frozen=True)
-class GemmTile:
-    """Template arguments of one instantiation of sm80/gemm.cu; see there."""
-
-    block_n: int
-    block_m: int
-    warps_n: int
-    warps_m: int
-    stages: int
-    blocks_per_sm: int
-    groups: int = 1
-    warps_k: int = 1
-
-    def __post_init__(self) -> None:
-        if self.blocks_per_sm * self.block_n * self.block_m > WORKSPACE_SUMS_PER_SM:
-            raise ValueError(f"{self}: the workspace has {WORKSPACE_SUMS_PER_SM} sums for each SM")
-
-    def stage_bytes(self, weights: WeightFormat) -> int:
-        """Of `groups` times 128 inputs: weights, activations and, for g128, a scale and a zero byte a channel."""
-        per_channel = {"g128": 66, "per_channel": 64, "int8": 128}[weights]
-        size = (self.block_n * per_channel + self.block_m * GROUP_SIZE) * self.groups
-        return -(-size // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT
-
-    @property
-    def partial_bytes(self) -> int:
-        """Of the sums that warps add where they share K."""
-        return 4 * self.block_n * self.block_m if self.warps_k > 1 else 0
-
-    def resident(self, architecture: str, weights: WeightFormat) -> tuple[int, int]:
-        """Blocks an SM holds, and stages each then has: fewer than asked for where shared memory is short."""
-        wanted = min(self.stages, _FEW_STAGES)
-        for blocks, least in [*((b, wanted) for b in range(self.blocks_per_sm, 0, -1)), (1, 2)]:
-            room = shared_bytes_of_sm(architecture) // blocks - _RESERVED_KIB * 1024 - _STATIC_SHARED_BYTES
-            stages = min(self.stages, (room - self.partial_bytes) // self.stage_bytes(weights))
-            if stages >= least:
-                return blocks, stages
-        raise ValueError(f"{self} does not fit the shared memory of {architecture}")
-
-    def spec(self, architecture: str, weights: WeightFormat, out: OutFormat) -> KernelSpec:
-        """The instantiation for `architecture`."""
-        return _gemm_spec(self, architecture, weights, out)
-
-
-@cache
-def _gemm_spec(tile: GemmTile, architecture: str, weights: WeightFormat, out: OutFormat) -> KernelSpec:
-    blocks, stages = tile.resident(architecture, weights)
-    defines = {
-        "WEIGHT_FORMAT": WEIGHT_FORMATS.index(weights),
-        "OUT_FORMAT": OUT_FORMATS.index(out),
-        "BLOCK_N": tile.block_n,
-        "BLOCK_M": tile.block_m,
-        "WARPS_N": tile.warps_n,
-        "WARPS_M": tile.warps_m,
-        "STAGES": stages,
-        "BLOCKS_PER_SM": blocks,
-        "GROUPS": tile.groups,
-        "WARPS_K": tile.warps_k,
-    }
-    threads = 32 * tile.warps_n * tile.warps_m * tile.warps_k
-    shared = stages * tile.stage_bytes(weights) + tile.partial_bytes
-    return KernelSpec("sm80/gemm.cu", "qoq_gemm_sm80", tuple(defines.items()), threads, shared)
 
 
 @dataclass(frozen=True)
@@ -124,7 +39,7 @@ class GemmChoice:
     """A tile, how tiles are shared out ("stream": those that do not fill a round of all blocks are cut, and every block
     gets the same number of their steps), and why."""
 
-    tile: GemmTile
+    tile: Tile
     stream: bool
     reason: str
 
@@ -168,23 +83,25 @@ def _choices(architecture: str, weights: WeightFormat, n: int, k: int) -> list[t
 
 @cache
 def gemm_table() -> dict[str, Any]:
-    """GEMM_TABLE: "tiles", arguments of `GemmTile` by name, and "measured", the rows."""
+    """GEMM_TABLE: "tiles", arguments of `GemmTile` or `Sm90Tile` by name, and "measured", the rows."""
     table: dict[str, Any] = json.loads(GEMM_TABLE.read_text(encoding="utf-8"))
     return table
 
 
-def gemm_tile(name: str) -> GemmTile:
+def gemm_tile(name: str) -> Tile:
     """The tile that rows of the table call `name`."""
-    return GemmTile(**gemm_table()["tiles"][name])
+    arguments = gemm_table()["tiles"][name]
+    return Sm90Tile(**arguments) if "warpgroups" in arguments else GemmTile(**arguments)
 
 
 def gemm_specs(architecture: str) -> list[tuple[KernelSpec, str]]:
-    """Every GEMM that `choose_gemm` can ask for on `architecture`, with what it is for."""
+    """Every GEMM that `choose_gemm` can ask for on `architecture`, with what it is for; on sm_90 Hopper's own too."""
     found: dict[KernelSpec, str] = {}
-    for weights in WEIGHT_FORMATS:
-        for name in sorted({row["tile"] for row in _rows(architecture, weights)[1]}):
-            for out in OUT_FORMATS:
-                found[gemm_tile(name).spec(architecture, weights, out)] = f"GEMM {weights} to {out}, tile {name}"
+    for kernels in (architecture, HOPPER) if architecture == "sm_90" else (architecture,):
+        for weights in WEIGHT_FORMATS:
+            for name in sorted({row["tile"] for row in _rows(kernels, weights)[1]}):
+                for out in OUT_FORMATS:
+                    found[gemm_tile(name).spec(kernels, weights, out)] = f"GEMM {weights} to {out}, tile {name}"
     return list(found.items())
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qoq.kernels.dispatch import WORKSPACE_SUMS_PER_SM, GemmChoice, OutFormat, WeightFormat, choose_gemm
+from qoq.kernels.dispatch import GemmChoice, choose_gemm
+from qoq.kernels.gemm_tiles import WORKSPACE_SUMS_PER_SM, OutFormat, WeightFormat
 from qoq.kernels.launch import architecture, load_kernel, num_sms, refuse_capture
 from qoq.recipes.schema import GROUP_SIZE
 
@@ -57,11 +58,11 @@ def w4a8_gemm(
     n, k = _packed_shape(act_codes, qweight)
     m, device = act_codes.shape[0], act_codes.device
     weights = _check_scales(s2_scales, s2_zeros, s1_szeros, n, k, device)
-    _check("act_scales", act_scales, torch.float32, (m,), device)
-    _check("act_sums", act_sums, torch.int32, (m,), device)
-    _check("s1_scales", s1_scales, torch.float16, (n,), device)
+    check_tensor("act_scales", act_scales, torch.float32, (m,), device)
+    check_tensor("act_sums", act_sums, torch.int32, (m,), device)
+    check_tensor("s1_scales", s1_scales, torch.float16, (n,), device)
     if bias is not None:
-        _check("bias", bias, torch.float16, (n,), device)
+        check_tensor("bias", bias, torch.float16, (n,), device)
     _check_out(out_dtype)
     return run_gemm(
         weights, act_codes, act_scales, act_sums, qweight, s1_scales, s2_scales, s2_zeros, s1_szeros, bias, n, out_dtype
@@ -74,7 +75,7 @@ def w4a8_gemm_int32(
 ) -> Tensor:
     """Sums int32 [M, N]: act_codes times level-1 weights (with s2), or times raw codes 0..15 (without)."""
     n, k = _packed_shape(act_codes, qweight)
-    _check("act_sums", act_sums, torch.int32, (act_codes.shape[0],), act_codes.device)
+    check_tensor("act_sums", act_sums, torch.int32, (act_codes.shape[0],), act_codes.device)
     weights: WeightFormat = "per_channel"
     if s2_scales is not None or s2_zeros is not None:
         weights = _check_scales(s2_scales, s2_zeros, None, n, k, act_codes.device)
@@ -93,10 +94,10 @@ def w8a8_gemm(
     """y [M, N] = s1_scales * act_scales * (act_codes @ weight.T) (+ bias): int8 [M, K], int8 [N, K], K % 128 == 0."""
     n = _int8_shape(act_codes, weight)
     device = act_codes.device
-    _check("act_scales", act_scales, torch.float32, (act_codes.shape[0],), device)
-    _check("s1_scales", s1_scales, torch.float16, (n,), device)
+    check_tensor("act_scales", act_scales, torch.float32, (act_codes.shape[0],), device)
+    check_tensor("s1_scales", s1_scales, torch.float16, (n,), device)
     if bias is not None:
-        _check("bias", bias, torch.float16, (n,), device)
+        check_tensor("bias", bias, torch.float16, (n,), device)
     _check_out(out_dtype)
     return run_gemm("int8", act_codes, act_scales, None, weight, s1_scales, None, None, None, bias, n, out_dtype)
 
@@ -144,10 +145,10 @@ def run_gemm(
         return out
     arch = architecture(device)
     choice = choice or choose_gemm(arch, weights, m, n, k)
-    kernel = load_kernel(choice.tile.spec(arch, weights, _OUT_FORMATS[out_dtype]), device)
+    kernel = load_kernel(choice.tile.spec(arch, weights, output_format(out_dtype)), device)
     share = choice.share(arch, weights, m, n, k, num_sms(device))
     with torch.cuda.device(device):
-        counters, sums = _workspace(device)
+        counters, sums = workspace(device)
         kernel.launch(
             (share.blocks, 1, 1),
             (
@@ -174,7 +175,7 @@ def run_gemm(
     return out
 
 
-def _workspace(device: int) -> tuple[Tensor, Tensor]:
+def workspace(device: int) -> tuple[Tensor, Tensor]:
     """Counters and sums of tiles that blocks share, zero between launches: one a stream, so that streams do not mix.
 
     `device` is the current one. All captured graphs of a device share one, made by the first call outside a capture: do
@@ -209,8 +210,8 @@ def _check_matrices(act_codes: Tensor, name: str, weight: Tensor, *, codes_per_b
             raise ValueError(f"{what}: expected two axes, got {list(tensor.shape)}")
     n, k = weight.shape[0], codes_per_byte * weight.shape[1]
     device = act_codes.device
-    _check("act_codes", act_codes, torch.int8, (act_codes.shape[0], k), device)
-    _check(name, weight, torch.int8, tuple(weight.shape), device)
+    check_tensor("act_codes", act_codes, torch.int8, (act_codes.shape[0], k), device)
+    check_tensor(name, weight, torch.int8, tuple(weight.shape), device)
     if n % 32 or n == 0:
         raise ValueError(f"{name}: N is {n}, expected a multiple of 32")
     if k % GROUP_SIZE or not 0 < k <= _MAX_K:
@@ -229,13 +230,20 @@ def _check_scales(
     device: torch.device,
 ) -> WeightFormat:
     if s2_scales is not None and s2_zeros is not None and s1_szeros is None:
-        _check("s2_scales", s2_scales, torch.int8, (k // GROUP_SIZE, n), device)
-        _check("s2_zeros", s2_zeros, torch.int8, (k // GROUP_SIZE, n), device)
+        check_tensor("s2_scales", s2_scales, torch.int8, (k // GROUP_SIZE, n), device)
+        check_tensor("s2_zeros", s2_zeros, torch.int8, (k // GROUP_SIZE, n), device)
         return "g128"
     if s2_scales is None and s2_zeros is None and s1_szeros is not None:
-        _check("s1_szeros", s1_szeros, torch.float16, (n,), device)
+        check_tensor("s1_szeros", s1_szeros, torch.float16, (n,), device)
         return "per_channel"
     raise ValueError("expected s2_scales and s2_zeros (g128), or s1_szeros alone (per channel)")
+
+
+def output_format(dtype: torch.dtype) -> OutFormat:
+    """The kernels' name for an output of `dtype`. Raises ValueError for any but float16, bfloat16 and int32."""
+    if dtype not in _OUT_FORMATS:
+        raise ValueError(f"out_dtype is {dtype}, expected one of {', '.join(map(str, _OUT_FORMATS))}")
+    return _OUT_FORMATS[dtype]
 
 
 def _check_out(out_dtype: torch.dtype) -> None:
@@ -243,7 +251,8 @@ def _check_out(out_dtype: torch.dtype) -> None:
         raise ValueError(f"out_dtype is {out_dtype}, expected torch.float16 or torch.bfloat16")
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError, naming the tensor, unless it is contiguous, aligned and as said."""
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device != device:

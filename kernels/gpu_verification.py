@@ -6,7 +6,7 @@ cuBLAS, which is exact below 2**53. Integers are compared bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from qoq.formats.arithmetic import quantize_activation
 from qoq.formats.packing import padded_in_features
-from qoq.kernels.dispatch import WeightFormat, covering_tokens
+from qoq.kernels.dispatch import covering_tokens
+from qoq.kernels.gemm_tiles import HOPPER, WeightFormat
 from qoq.kernels.kv_verification import CacheCheck, check_cache_kernels, describe_differences
-from qoq.kernels.launch import architecture
+from qoq.kernels.launch import architecture, is_hopper
 from qoq.kernels.modules import IN_FEATURES_STEP
+from qoq.kernels.tiles import tile_activations, tile_weights
 from qoq.recipes.schema import KeyRotation
 
 ROWS = (1, 3, 17, 130, 300)
@@ -72,9 +74,10 @@ class KernelProof:
         self._shapes.add(shape)
         weights: WeightFormat = "g128" if shape[2] else "per_channel"
         given: int | None = self._device.index
-        covering = covering_tokens(
-            architecture(torch.cuda.current_device() if given is None else given), weights, n, 2 * half_k
-        )
+        found = architecture(torch.cuda.current_device() if given is None else given)
+        covering = covering_tokens(found, weights, n, 2 * half_k)
+        if found == "sm_90":
+            covering += covering_tokens(HOPPER, weights, n, 2 * half_k)
         return tuple(sorted({*ROWS, *covering}))
 
     def check_cache(
@@ -134,7 +137,8 @@ def check_linear_kernels(
     rows: Sequence[int] | None = None,
     seed: int = 0,
 ) -> KernelCheck:
-    """Run one packed linear through its GEMM kernels, for every M of `rows` (ROWS if None).
+    """Run one packed linear through its GEMM kernels, on Hopper those of both kinds, for every M of `rows` (ROWS if
+    None).
 
     packed    tensors as on disk, already found legal;  emulated: `verification.emulate_weight` of them
 
@@ -148,27 +152,53 @@ def check_linear_kernels(
     scales, unbiased = _scaled_output(exact, sums, on_gpu, seed=seed)
     bias = on_gpu.get("bias")
     compared, problems = 0, list[str]()
-    for m in rows:
-        problems += _compare_sums(name, m, codes[:m], sums[:m], on_gpu, exact[:m])
-        compared += exact[:m].numel()
-        for dtype in _OUT_DTYPES:
-            _poison(exact[:m].numel() * 2, device)
-            got = torch.ops.qoq.w4a8_gemm(
-                codes[:m],
-                scales[:m],
-                sums[:m],
-                on_gpu["qweight"],
-                on_gpu["s1_scales"],
-                on_gpu.get("s2_scales"),
-                on_gpu.get("s2_zeros"),
-                on_gpu.get("s1_szeros"),
-                bias,
-                dtype,
-            )
-            slack = _float32_error(exact[:m], scales[:m], sums[:m], on_gpu)
-            problems += _compare_output(f"{name}: {dtype}, M = {m}", got, unbiased[:m], bias, slack)
+    products = [_portable_product(on_gpu)]
+    if device.type == "cuda" and is_hopper(on_gpu["qweight"].device.index):
+        products.append(_hopper_product(on_gpu))
+    for product in products:
+        for m in rows:
+            acts = (codes[:m], scales[:m], sums[:m])
+            _poison(exact[:m].numel() * 4, device)
+            got, expected = product(*acts, torch.int32), exact[:m].to(torch.int32)
+            problems += describe_differences(f"{name}: int32, M = {m}: sum", got, expected, got == expected)
             compared += got.numel()
+            for dtype in _OUT_DTYPES:
+                _poison(exact[:m].numel() * 2, device)
+                got = product(*acts, dtype)
+                slack = _float32_error(exact[:m], scales[:m], sums[:m], on_gpu)
+                problems += _compare_output(f"{name}: {dtype}, M = {m}", got, unbiased[:m], bias, slack)
+                compared += got.numel()
     return KernelCheck(compared, tuple(problems))
+
+
+_Product = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+"""Sums (int32) or outputs of act_codes [M, K], act_scales and act_sums."""
+
+
+def _portable_product(packed: Mapping[str, Tensor]) -> _Product:
+    s2 = (packed.get("s2_scales"), packed.get("s2_zeros"))
+
+    def product(codes: Tensor, scales: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.int32:
+            result: Tensor = torch.ops.qoq.w4a8_gemm_int32(codes, sums, packed["qweight"], *s2)
+        else:
+            rest = (packed["s1_scales"], *s2, packed.get("s1_szeros"), packed.get("bias"), dtype)
+            result = torch.ops.qoq.w4a8_gemm(codes, scales, sums, packed["qweight"], *rest)
+        return result
+
+    return product
+
+
+def _hopper_product(packed: Mapping[str, Tensor]) -> _Product:
+    tiles = tile_weights(packed)
+    torch.cuda.synchronize(tiles.device)  # the kernels read weights ahead of what was enqueued
+    rest = (tiles, packed["s1_scales"], packed.get("s1_szeros"), packed.get("bias"))
+
+    def product(codes: Tensor, scales: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        result: Tensor = torch.ops.qoq.w4a8_gemm_sm90(tile_activations(codes), scales, sums, *rest, dtype)
+        return result
+
+    return product
 
 
 def check_quantizer(in_features: int, dtype: torch.dtype, *, device: torch.device, seed: int = 0) -> KernelCheck:
@@ -222,15 +252,6 @@ def _exact_product(codes: Tensor, weight: Tensor) -> Tensor:
     rows = codes.double()
     stripes = [rows @ weight[i : i + _STRIPE].double().t() for i in range(0, weight.shape[0], _STRIPE)]
     return torch.cat(stripes, dim=1)
-
-
-def _compare_sums(
-    name: str, m: int, codes: Tensor, sums: Tensor, packed: Mapping[str, Tensor], exact: Tensor
-) -> list[str]:
-    _poison(exact.numel() * 4, exact.device)
-    got = torch.ops.qoq.w4a8_gemm_int32(codes, sums, packed["qweight"], packed.get("s2_scales"), packed.get("s2_zeros"))
-    expected = exact.to(torch.int32)
-    return describe_differences(f"{name}: int32, M = {m}: sum", got, expected, got == expected)
 
 
 def _scaled_output(exact: Tensor, sums: Tensor, packed: Mapping[str, Tensor], *, seed: int) -> tuple[Tensor, Tensor]:

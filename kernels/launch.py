@@ -43,10 +43,18 @@ class Kernel:
                 ) from error
             self.handle: int = function.kernel.ptr
 
-    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument]) -> None:
-        """Enqueue on the current stream of the current device; grid in blocks. Nothing is copied or allocated."""
+    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Argument], *, overlapping: bool = False) -> None:
+        """Enqueue on the current stream of the current device; grid in blocks. Nothing is copied or allocated.
+
+        overlapping: programmatic dependent launch. The kernel may start before the one enqueued last has ended, and
+        waits for that by itself before it reads what it wrote. Without cuda-bindings it starts afterwards.
+        """
         values = [_as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = torch.cuda.current_stream().cuda_stream
+        if overlapping and _driver_bindings() is not None:
+            launch_overlapping(self.handle, grid, self.spec.threads, self.spec.shared_bytes, stream, pointers)
+            return
         self._launch(
             self.handle,
             *grid,
@@ -54,7 +62,7 @@ class Kernel:
             1,
             1,
             self.spec.shared_bytes,
-            torch.cuda.current_stream().cuda_stream,
+            stream,
             ctypes.addressof(pointers),
             0,
         )
@@ -90,6 +98,11 @@ def architecture_name(capability: tuple[int, int]) -> str:
     return _FAMILY_SPECIFIC.get(capability, f"sm_{capability[0]}{capability[1]}")
 
 
+def is_hopper(device: int) -> bool:
+    """Whether the kernels in cuda/sm90 run on this device."""
+    return architecture(device) == "sm_90"
+
+
 @cache
 def num_sms(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -105,6 +118,42 @@ def _launch_function() -> Any:
             remedy="pip install 'qoq[cu13]' (or cu12, matching the CUDA version of your PyTorch)",
         ) from error
     return driver.launchKernel
+
+
+def launch_overlapping(
+    handle: int, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, pointers: Any
+) -> None:
+    """cuLaunchKernelEx with programmatic stream serialization (CUDA driver API, "CUlaunchAttributeID").
+
+    Raises RuntimeError when the driver refuses the launch.
+    """
+    driver = _driver_bindings()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [_overlap_attribute()], 1
+    (status,) = driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the driver refused a launch: {status.name}")
+
+
+@cache
+def _overlap_attribute() -> Any:
+    driver = _driver_bindings()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+@cache
+def _driver_bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    return driver
 
 
 def _as_c(argument: Argument) -> Any:

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.formats.packing import packed_shapes, unpack_linear
 from qoq.formats.quantized_linear import QuantizedLinear
+from qoq.kernels.launch import is_hopper
+from qoq.kernels.tiles import tile_weights, untile_weights
 from qoq.recipes.errors import EnvironmentProblem, InputError
 from qoq.recipes.schema import ZeroDomain
 
 Backend = Literal["auto", "reference", "kernels"]
 """auto: kernels where they can run. kernels: an error where they cannot."""
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_TILED = ("qweight", "s2_scales", "s2_zeros")
 IN_FEATURES_STEP = 8
 """The activation quantizer reads 16 bytes at a time; other in_features stay with the reference."""
 
@@ -30,8 +33,10 @@ class QoQLinear(nn.Module):
     scale is another weight; moves to a device move them. They start as zeros, which are refused when decoded: a module
     that was never loaded does not compute.
 
-    On a CUDA device, 16-bit inputs go through the kernels, which read the packed tensors as they are. Elsewhere (on a
-    CPU, in float32, with act_bits 16, or as `backend` says) the reference arithmetic computes the same numbers.
+    On a CUDA device, 16-bit inputs go through the kernels, which read the packed tensors as they are. On Hopper their
+    first forward re-packs the weights in place of `qweight`, `s2_scales` and `s2_zeros`, which are None from then on;
+    whatever asks for them (`packed`, `state_dict`, a move) brings them back, and the next forward re-packs. Elsewhere
+    (on a CPU, in float32, with act_bits 16, or as `backend` says) the reference arithmetic computes the same numbers.
 
     The first forward checks the packed tensors, before any kernel starts: a value that leaves a byte would corrupt
     results unnoticed. The reference also keeps them decoded, int8 [N, K], outside the state dict. Both are done again
@@ -87,6 +92,7 @@ class QoQLinear(nn.Module):
         self._decoded: tuple[dict[str, Tensor], IntegerWeight] | None = None
         self._checked: list[tuple[Tensor, int]] | None = None  # what was found fit for the kernels, and its version
         self._kernels_run = False
+        self._tiles: Tensor | None = None  # the weights as Hopper's kernels read them, instead of the buffers
 
     @property
     def backend(self) -> Backend:
@@ -102,6 +108,10 @@ class QoQLinear(nn.Module):
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name, as `pack_linear` returns them."""
+        self._untile()
+        return self._held()
+
+    def _held(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def unpack(self) -> QuantizedLinear:
@@ -159,7 +169,7 @@ class QoQLinear(nn.Module):
         return None
 
     def _is_as_checked(self) -> bool:
-        packed, checked = self.packed().values(), self._checked or []
+        packed, checked = self._held().values(), self._checked or []
         return len(packed) == len(checked) and all(
             tensor is known and _version(tensor) == version
             for tensor, (known, version) in zip(packed, checked, strict=True)
@@ -177,13 +187,42 @@ class QoQLinear(nn.Module):
         self._kernels_run = problem is None
         if self._kernels_run:
             self.unpack()
-        self._checked = [(tensor, _version(tensor)) for tensor in self.packed().values()]
+            if self.qweight.is_cuda and is_hopper(self.qweight.device.index):
+                self._tile()
+        self._checked = [(tensor, _version(tensor)) for tensor in self._held().values()]
+
+    def _tile(self) -> None:
+        """Weights in the order of Hopper's kernels take the place of the buffers that they are made of."""
+        tiles = tile_weights(self.packed())
+        if tiles.is_cuda:  # the kernels read weights ahead of what was enqueued
+            torch.cuda.current_stream(tiles.device).synchronize()
+        self._tiles = tiles
+        for name in _TILED:
+            if name in self._buffers:
+                self._buffers[name] = None
+
+    def _untile(self) -> None:
+        """The buffers again, as they were."""
+        if self._tiles is None:
+            return
+        self._buffers.update(untile_weights(self._tiles, self.out_features))
+        self._tiles = self._checked = None
 
     def _kernel_forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()
+        if self._tiles is not None:
+            y: Tensor = torch.ops.qoq.w4a8_gemm_sm90(
+                *torch.ops.qoq.quantize_activation_tiled(rows),
+                self._tiles,
+                self.s1_scales,
+                None if self.progressive else self.s1_szeros,
+                self.bias,
+                x.dtype,
+            )
+            return y.view(*x.shape[:-1], self.out_features)
         act_codes, act_scales, act_sums = torch.ops.qoq.quantize_activation(rows)
         progressive = self.progressive
-        y: Tensor = torch.ops.qoq.w4a8_gemm(
+        y = torch.ops.qoq.w4a8_gemm(
             act_codes,
             act_scales,
             act_sums,
@@ -237,6 +276,7 @@ class QoQLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._untile()
         self._forget()
         wrong = [
             f"{prefix}{name}: expected {buffer.dtype}, got {state_dict[prefix + name].dtype}"
@@ -249,7 +289,12 @@ class QoQLinear(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._untile()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._untile()
         return {**self.__dict__, "_decoded": None, "_checked": None}  # copies and pickles decode for themselves
 
 

@@ -9,6 +9,7 @@ import torch
 import qoq.kernels.act_quant
 import qoq.kernels.attention
 import qoq.kernels.gemm
+import qoq.kernels.gemm_sm90
 import qoq.kernels.kv_cache  # noqa: F401
 from qoq.kernels.compiler import nvrtc_version
 from qoq.kernels.launch import architecture

@@ -1,8 +1,9 @@
 """Times of GPU calls, side by side: trains of calls in CUDA graphs, replayed in turns.
 
-A graph takes Python and launch costs out of the measurement (kernels are still launched one after the other, without
-programmatic dependent launch). A train rotates over copies of its data that together exceed the L2 cache. Variants take
-turns, train by train, because the clock of a card falls as it heats up: whoever is measured later would look slower.
+A graph takes Python and launch costs out of the measurement (kernels are still launched one after the other; those that
+ask for it overlap with the end of the one before). A train rotates over copies of its data that together exceed the L2
+cache. Variants take turns, train by train, because the clock of a card falls as it heats up: whoever is measured later
+would look slower.
 After each train the GPU rests. Large products draw more power than a card may use for long, so that without rests the
 clock of each variant would depend on what its neighbours draw.
 """

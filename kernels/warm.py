@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from qoq.formats.quantization_config import QuantizationConfig
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.dispatch import OUT_FORMATS, WEIGHT_FORMATS, OutFormat, WeightFormat, all_specs
+from qoq.kernels.dispatch import all_specs
+from qoq.kernels.gemm_tiles import OUT_FORMATS, WEIGHT_FORMATS, OutFormat, WeightFormat
 
-_GEMM = "sm80/gemm.cu"
+_GEMMS = ("sm80/gemm.cu", "sm90/gemm.cu")
 
 
 def needed_specs(architecture: str, quantization: QuantizationConfig | None, dtype: str | None) -> list[KernelSpec]:
@@ -25,7 +26,7 @@ def needed_specs(architecture: str, quantization: QuantizationConfig | None, dty
     }
 
     def is_needed(spec: KernelSpec) -> bool:
-        return spec.source != _GEMM or all(
+        return spec.source not in _GEMMS or all(
             define in wanted for define in spec.defines if define[0] in ("WEIGHT_FORMAT", "OUT_FORMAT")
         )
 

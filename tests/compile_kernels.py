@@ -11,7 +11,8 @@ import sys
 import time
 
 from qoq.kernels.compiler import compile_all
-from qoq.kernels.dispatch import ARCHITECTURES, all_specs
+from qoq.kernels.dispatch import all_specs
+from qoq.kernels.gemm_tiles import ARCHITECTURES
 from qoq.recipes.errors import QoQError
 
 

@@ -10,8 +10,11 @@ from torch import Tensor
 from qoq.formats.arithmetic import IntegerWeight
 from qoq.formats.packing import pack_linear
 from qoq.formats.quantized_linear import QuantizedLinear, S2Offsets, ZeroPoints
-from qoq.kernels.dispatch import GemmChoice, WeightFormat
+from qoq.kernels.dispatch import GemmChoice
 from qoq.kernels.gemm import run_gemm
+from qoq.kernels.gemm_sm90 import run_gemm_sm90
+from qoq.kernels.gemm_tiles import WeightFormat
+from qoq.kernels.tiles import tile_activations, tile_int8_weights, tile_weights
 
 
 class Case:
@@ -46,6 +49,7 @@ class Case:
             self.decoded = IntegerWeight(values.to(torch.int8), s1.float(), None, None)
         else:
             linear = random_linear(weights, n, k, s1, bias_values, integers)
+            self.linear = linear
             self.operands = pack_linear(linear)
             self.level1 = linear.level1().long() if weights == "g128" else linear.codes.long()
             self.decoded = IntegerWeight.decode(linear)
@@ -90,6 +94,33 @@ class Case:
         for border in (out[0], out[-1]):
             assert bool((border.view(torch.uint8) == 0x7F).all()), "wrote outside the output"
         return result.cpu()
+
+
+def run_on_hopper(case: Case, dtype: torch.dtype, choice: GemmChoice | None = None) -> Tensor:
+    """Hopper's kernel on the operands of `case`, which are laid out for it; nothing outside the output is written."""
+    operands = {name: tensor.cuda() for name, tensor in case.operands.items()}
+    is_int8 = case.weights == "int8"
+    weight_tiles = tile_int8_weights(operands["weight"]) if is_int8 else tile_weights(operands)
+    act_tiles = tile_activations(case.codes.cuda())
+    out = torch.empty(case.m + 2, case.n, dtype=dtype, device="cuda")
+    out.view(torch.uint8).fill_(0x7F)
+    torch.cuda.synchronize()  # weights are read ahead of what was enqueued
+    result = run_gemm_sm90(
+        case.weights,
+        act_tiles,
+        case.scales.cuda(),
+        None if is_int8 else case.sums.cuda(),
+        weight_tiles,
+        operands["s1_scales"],
+        operands.get("s1_szeros"),
+        None if dtype == torch.int32 else operands.get("bias"),
+        dtype,
+        choice=choice,
+        out=out[1:-1],
+    )
+    for border in (out[0], out[-1]):
+        assert bool((border.view(torch.uint8) == 0x7F).all()), "wrote outside the output"
+    return result.cpu()
 
 
 def random_linear(

@@ -196,7 +196,13 @@ def test_specs_hold_every_kernel_that_can_be_asked_for() -> None:
         for dtype in DTYPES
         for k in range(8, act_quant.max_k(operation) + 1, 8)
     }
-    assert offered == asked
+    tiled = {
+        act_quant.spec("plain", dtype, act_quant.row_shape(k), tiled=True).defines
+        for dtype in DTYPES
+        for k in range(8, act_quant.MAX_K + 1, 8)
+    }
+    assert offered == asked | tiled
+    assert {spec.defines for spec in act_quant.specs("sm_80")} == asked
     assert len(act_quant.specs("sm_90")) == len(offered)
 
 

@@ -16,9 +16,9 @@ from qoq.kernels.attention import check_decode_operands, specs
 from qoq.kernels.attention_oracles import decode_attention_oracle, extend_attention_oracle
 from qoq.kernels.compiler import compile_kernel
 from qoq.kernels.decode_plan import DecodeShape, decode_spec
-from qoq.kernels.dispatch import ARCHITECTURES, shared_bytes_of_sm
 from qoq.kernels.extend import extend_attention, merge_by_lse, run_extend
 from qoq.kernels.extend_batch import DecodeCall, ExtendBatch, FlashCall, prepare_extend
+from qoq.kernels.gemm_tiles import ARCHITECTURES, shared_bytes_of_sm
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages, page_bytes, unpack_pages
 
 PAGE_FLOATS = 2 * PAGE_SIZE * 64 * 2

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qoq.kernels import dispatch
-from qoq.kernels.dispatch import (
+from qoq.kernels.dispatch import GemmChoice, choose_gemm, covering_tokens, gemm_specs, gemm_table, gemm_tile
+from qoq.kernels.gemm_tiles import (
     ARCHITECTURES,
+    HOPPER,
     OUT_FORMATS,
     WEIGHT_FORMATS,
     WORKSPACE_SUMS_PER_SM,
-    GemmChoice,
     GemmTile,
-    choose_gemm,
-    covering_tokens,
-    gemm_specs,
-    gemm_table,
-    gemm_tile,
+    Sm90Tile,
     shared_bytes_of_sm,
 )
 
@@ -28,7 +27,7 @@ TILES = {name: gemm_tile(name) for name in gemm_table()["tiles"]}
 
 
 @given(
-    st.sampled_from([*ARCHITECTURES, "sm_87", "sm_103a", "sm_121a"]),
+    st.sampled_from([*ARCHITECTURES, HOPPER, "sm_87", "sm_103a", "sm_121a"]),
     st.sampled_from(WEIGHT_FORMATS),
     st.integers(1, 70000),
     st.integers(1, 1000),
@@ -55,7 +54,7 @@ def test_every_shape_is_chosen_for(architecture: str, weights: str, m: int, stri
 
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, HOPPER])
 def test_tiles_fit_shared_memory_and_workspace(architecture: str, weights: str) -> None:
     for tile in {TILES[row["tile"]] for row in dispatch._rows(architecture, weights)[1]}:
         blocks, stages = tile.resident(architecture, weights)
@@ -91,18 +90,36 @@ def test_shared_tiles_have_owners_of_their_own(blocks: int, tiles: int, k_steps:
 def test_a_tile_too_large_for_the_workspace_is_refused() -> None:
     with pytest.raises(ValueError, match="workspace"):
         GemmTile(256, 256, 4, 2, 3, 1)
+    with pytest.raises(ValueError, match="workspace"):
+        Sm90Tile(256, 4, 2, 1)
+
+
+def test_what_hoppers_kernel_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        Sm90Tile(40, 2, 4, 1)
+    with pytest.raises(ValueError, match="warpgroups"):
+        Sm90Tile(64, 3, 4, 1)
+    with pytest.raises(ValueError, match="shared memory"):
+        Sm90Tile(128, 1, 4, 4).resident(HOPPER, "int8")
+
+
+def test_hopper_has_its_own_kernels_and_the_portable_ones() -> None:
+    tiles = {type(choose_gemm(HOPPER, weights, m, 4096, 4096).tile) for weights in WEIGHT_FORMATS for m in (1, 5000)}
+    assert tiles == {Sm90Tile}
+    sources = {spec.source for spec, _ in gemm_specs("sm_90")}
+    assert sources == {"sm80/gemm.cu", "sm90/gemm.cu"}
+    assert {spec.source for spec, _ in gemm_specs("sm_80")} == {"sm80/gemm.cu"}
 
 
 def test_rows_name_tiles_and_end_without_a_limit() -> None:
     rows = gemm_table()["measured"]
     assert {row["tile"] for row in rows} == set(TILES), "a tile without a row is only worth keeping while tuning"
     assert len(set(TILES.values())) == len(TILES), "two names for one tile"
-    for weights in WEIGHT_FORMATS:
-        shapes = {(row["n"], row["k"]) for row in rows if row["weights"] == weights}
-        for shape in shapes:
-            limits = [row["max_m"] for row in rows if row["weights"] == weights and (row["n"], row["k"]) == shape]
-            assert limits.count(None) == 1
-            assert len(limits) == len(set(limits))
+    problem = itemgetter("architecture", "weights", "n", "k")
+    for _, same in groupby(sorted(rows, key=problem), problem):
+        limits = [row["max_m"] for row in same]
+        assert limits.count(None) == 1
+        assert len(limits) == len(set(limits))
 
 
 def test_an_architecture_never_measured_says_so() -> None:
@@ -130,8 +147,9 @@ def test_measured_rows_answer_for_shapes_like_theirs(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 @pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (192, 640)])
-def test_covering_tokens_reach_every_kernel(weights: str, shape: tuple[int, int]) -> None:
-    tokens = covering_tokens("sm_90", weights, *shape)
-    reached = {choose_gemm("sm_90", weights, m, *shape) for m in tokens}
-    assert reached == {choose_gemm("sm_90", weights, m, *shape) for m in range(1, 9000, 7)} | reached
+@pytest.mark.parametrize("architecture", ["sm_90", HOPPER])
+def test_covering_tokens_reach_every_kernel(architecture: str, weights: str, shape: tuple[int, int]) -> None:
+    tokens = covering_tokens(architecture, weights, *shape)
+    reached = {choose_gemm(architecture, weights, m, *shape) for m in tokens}
+    assert reached == {choose_gemm(architecture, weights, m, *shape) for m in range(1, 9000, 7)} | reached
     assert len(reached) == len(tokens)

@@ -17,22 +17,14 @@ from torch import Tensor
 
 from qoq.kernels import gemm
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.dispatch import (
-    WEIGHT_FORMATS,
-    WORKSPACE_SUMS_PER_SM,
-    GemmChoice,
-    GemmTile,
-    OutFormat,
-    WeightFormat,
-    gemm_table,
-    gemm_tile,
-)
+from qoq.kernels.dispatch import GemmChoice, gemm_table, gemm_tile
+from qoq.kernels.gemm_tiles import WEIGHT_FORMATS, WORKSPACE_SUMS_PER_SM, GemmTile, OutFormat, WeightFormat
 from qoq.kernels.sources import CUDA_ROOT
 from tests.kernels.emulation.emulator import EmulatedKernel, EmulationError, Emulator, missing_compiler
 from tests.kernels.gemm_cases import Case, assert_same
 
 DTYPES = (torch.float16, torch.bfloat16, torch.int32)
-TILES = {gemm_tile(name): name for name in gemm_table()["tiles"]}
+TILES = {tile: name for name in gemm_table()["tiles"] if isinstance(tile := gemm_tile(name), GemmTile)}
 SCHEDULES = 2
 """Orders of blocks in which a tile that they share is computed."""
 
@@ -53,7 +45,7 @@ class Device:
         monkeypatch.setattr(gemm, "architecture", lambda _: self.architecture)
         monkeypatch.setattr(gemm, "num_sms", lambda _: self.num_sms)
         monkeypatch.setattr(gemm, "load_kernel", self._load)
-        monkeypatch.setattr(gemm, "_workspace", self._workspace)
+        monkeypatch.setattr(gemm, "workspace", self._workspace)
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
 
     def run(self, case: Case, dtype: torch.dtype, tile: GemmTile, *, stream: bool, num_sms: int) -> Tensor:

@@ -9,7 +9,7 @@
 //
 // OPERATION     0 x, 1 silu_mul, 2 rms_norm, 3 add_rms_norm          IN_FORMAT     0 float16, 1 bfloat16
 // VECTORS       of 8 values that a thread holds                      WARP_ROWS     1: a row a warp, 0: a row a block
-// STORE_VALUES  1: also store what is quantized (for tests)
+// STORE_VALUES  1: also store what is quantized (for tests)     TILED        1: codes as Hopper's products read them
 #include "common/extremes.cuh"
 #include "common/math.cuh"
 #include "common/pairs.cuh"
@@ -86,6 +86,13 @@ struct Scale {
                                  code(low_value<Format>(second)), code(high_value<Format>(second)));
     }
 };
+
+// Where the codes from `column` on of a row go: in order, or in the tiles of kernels/tiles.py.
+DEVICE int64_t code_offset(int64_t row, int column, int rows, int k_pad) {
+    if (!TILED) return row * k_pad + column;
+    const int64_t tile = (column / 128) * static_cast<int64_t>((rows + 7) / 8) + row / 8;
+    return tile * 1024 + column % 128 / 16 * 128 + row % 8 * 16 + column % 16;
+}
 
 // x [rows, k], strides in values; `residual` [rows, k] and `weight` [k] where OPERATION has them; codes [rows, k_pad]:
 // columns from k on become 0. All rows begin at multiples of 16 bytes, k is a multiple of 8, k_pad of 128, and the
@@ -169,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
         if (column_of(i) >= k_pad) continue;
         const uint2 packed = make_uint2(scale.four_codes(held[i].pairs[0], held[i].pairs[1]),
                                         scale.four_codes(held[i].pairs[2], held[i].pairs[3]));
-        *reinterpret_cast<uint2*>(codes + row * k_pad + column_of(i)) = packed;
+        *reinterpret_cast<uint2*>(codes + code_offset(row, column_of(i), rows, k_pad)) = packed;
         sum = __dp4a(static_cast<int>(packed.x), 0x01010101, sum);
         sum = __dp4a(static_cast<int>(packed.y), 0x01010101, sum);
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 from qoq.formats.packing import padded_in_features
 from qoq.kernels import act_quant
 from qoq.kernels.act_oracles import add_oracle, quantize_oracle, rms_norm_oracle, silu_mul_oracle
+from qoq.kernels.tiles import untile_activations
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16)
@@ -321,3 +322,14 @@ def test_operators_keep_their_contracts(gpu) -> None:
     torch.library.opcheck(torch.ops.qoq.silu_mul_quantize.default, (x,), test_utils=tests)
     torch.library.opcheck(torch.ops.qoq.rms_norm_quantize.default, (x, weight, EPS), test_utils=tests)
     torch.library.opcheck(torch.ops.qoq.add_rms_norm_quantize.default, (x, x, weight, EPS), test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 8), (3, 192), (9, 576), (17, 4096), (8, 14336), (5, 53248)])
+def test_small_tiles_hold_the_same_codes(gpu, m: int, k: int, dtype: torch.dtype) -> None:
+    x = hard_rows(m, k, dtype, seed=m).cuda()
+    codes, scales, sums = act_quant.run_quantizer("plain", x)[:3]
+    tiles, *rest = act_quant.run_quantizer("plain", x, tiled=True)[:3]
+    assert torch.equal(untile_activations(tiles, m), codes)
+    assert torch.equal(rest[0].view(torch.int32), scales.view(torch.int32))
+    assert torch.equal(rest[1], sums)

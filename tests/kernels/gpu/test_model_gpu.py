@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.formats.packing import pack_linear, unpack_linear
 from qoq.kernels.hf import set_act_bits, set_backend, set_kv_bits
+from qoq.kernels.launch import is_hopper
 from qoq.kernels.loading import load_model
 from qoq.kernels.modules import QoQLinear
 from qoq.kernels.random_weights import random_packed_linear
@@ -91,9 +92,9 @@ def test_illegal_bytes_are_refused_before_a_launch(gpu: torch.device, monkeypatc
     module, _ = small_linear(gpu, progressive=True)
     x = torch.ones(1, 192, device=gpu, dtype=torch.float16)
     module(x)
-    for name in ("quantize_activation", "w4a8_gemm"):
+    for name in ("quantize_activation", "quantize_activation_tiled", "w4a8_gemm", "w4a8_gemm_sm90"):
         monkeypatch.setattr(torch.ops.qoq, name, lambda *args: pytest.fail("launched"))
-    module.s2_scales[1, 5] = 17
+    module.packed()["s2_scales"][1, 5] = 17
     with pytest.raises(InputError, match=r"small: s2_scales: values \d+\.\.17"):
         module(x)
 
@@ -233,7 +234,8 @@ def test_a_wrong_byte_of_the_cache_is_reported(checkpoint: Path, monkeypatch: py
 
 def test_generation_runs_on_the_kernels(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    original = torch.ops.qoq.w4a8_gemm
+    name = "w4a8_gemm_sm90" if is_hopper(torch.cuda.current_device()) else "w4a8_gemm"
+    original = getattr(torch.ops.qoq, name)
 
     def counted(*args: Any) -> Tensor:
         nonlocal calls
@@ -241,7 +243,7 @@ def test_generation_runs_on_the_kernels(checkpoint: Path, monkeypatch: pytest.Mo
         result: Tensor = original(*args)
         return result
 
-    monkeypatch.setattr(torch.ops.qoq, "w4a8_gemm", counted)
+    monkeypatch.setattr(torch.ops.qoq, name, counted)
     assert run("generate", checkpoint, "In the beginning", "-n", 4, "--device", "cuda")["new_tokens"] >= 1
     assert calls >= 28
 
