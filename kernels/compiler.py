@@ -61,11 +61,15 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread, from the assembler's log: registers, and bytes in local memory (stack) and spilled to it."""
+    """Of one thread, from the assembler's log: registers, and bytes in local memory (stack) and spilled to it.
+
+    waits: the assembler made every wgmma wait for the one before, as it does where it cannot follow their registers.
+    """
 
     registers: int
     stack_bytes: int
     spill_bytes: int
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ def _resources(log: str) -> Resources:
         registers=max(int(count) for count in registers),
         stack_bytes=max(int(stack) for stack, _, _ in frames),
         spill_bytes=max(int(stores) + int(loads) for _, stores, loads in frames),
+        waits="wgmma.mma_async instructions are serialized" in log,
     )
 
 
@@ -216,7 +221,8 @@ def _read_entry(folder: Path, stem: str) -> Cubin | None:
     path = folder / f"{stem}.cubin"
     try:
         facts = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        resources = Resources(*(int(facts[name]) for name in ("registers", "stack_bytes", "spill_bytes")))
+        registers, stack, spilled = (int(facts[name]) for name in ("registers", "stack_bytes", "spill_bytes"))
+        resources = Resources(registers, stack, spilled, waits=bool(facts["waits"]))
         is_whole = hashlib.sha256(path.read_bytes()).hexdigest() == facts["sha256"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

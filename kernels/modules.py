@@ -187,7 +187,7 @@ class QoQLinear(nn.Module):
         self._kernels_run = problem is None
         if self._kernels_run:
             self.unpack()
-            if self.qweight.is_cuda and is_hopper(self.qweight.device.index):
+            if wants_tiles(self.qweight):
                 self._tile()
         self._checked = [(tensor, _version(tensor)) for tensor in self._held().values()]
 
@@ -205,7 +205,9 @@ class QoQLinear(nn.Module):
         """The buffers again, as they were."""
         if self._tiles is None:
             return
-        self._buffers.update(untile_weights(self._tiles, self.out_features))
+        for name, tensor in untile_weights(self._tiles, self.out_features).items():
+            if self._buffers[name] is None:  # else it was replaced meanwhile
+                self._buffers[name] = tensor
         self._tiles = self._checked = None
 
     def _kernel_forward(self, x: Tensor) -> Tensor:
@@ -301,6 +303,11 @@ class QoQLinear(nn.Module):
 def is_on_gpu(x: Tensor) -> bool:
     """Apart, so that tests may pretend."""
     return x.is_cuda
+
+
+def wants_tiles(weight: Tensor) -> bool:
+    """Whether the kernels of the weight's device are Hopper's own; apart as well."""
+    return weight.is_cuda and is_hopper(weight.device.index)
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
     python tests/compile_kernels.py [sm_90 ...]
 
-Needs no GPU. Exits with 1 when a kernel does not compile or spills registers.
+Needs no GPU. Exits with 1 when a kernel does not compile, spills registers, or has its wgmma wait for each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qoq.recipes.errors import QoQError
 
 def main() -> int:
     architectures = sys.argv[1:] or list(ARCHITECTURES)
-    spilling, total, started = [], 0, time.perf_counter()
+    wrong, total, started = [], 0, time.perf_counter()
     for architecture in architectures:
         specs = dict(all_specs(architecture))
         cubins = compile_all((spec, architecture) for spec in specs)
@@ -26,13 +26,13 @@ def main() -> int:
             used = cubin.resources
             line = f"{architecture:8} {used.registers:3} registers {used.spill_bytes:4} B spilled  {spec.label}"
             print(line)
-            if used.spill_bytes:
-                spilling.append(line)
+            if used.spill_bytes or used.waits:
+                wrong.append(line + ("  (wgmma wait for each other)" if used.waits else ""))
         total += len(cubins)
     print(f"{total} kernels for {', '.join(architectures)} in {time.perf_counter() - started:.0f} s")
-    if spilling:
-        print("kernels that spill:", *spilling, sep="\n  ", file=sys.stderr)
-    return 1 if spilling else 0
+    if wrong:
+        print("kernels that spill or wait:", *wrong, sep="\n  ", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from qoq.formats import arithmetic
 from qoq.kernels.oracles import emulate_packed_codes, emulate_packed_level1
+from qoq.kernels.tiles import tile_activations, untile_activations, untile_weights
 
 
 class Operators:
@@ -32,6 +33,10 @@ class Operators:
         act = arithmetic.quantize_activation(x)
         codes = self._finish("quantize_activation", pad(act.codes, (0, -x.shape[1] % 128)))
         return codes, act.scales, act.sums
+
+    def quantize_activation_tiled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scales, sums = self.quantize_activation(x)
+        return tile_activations(codes), scales, sums
 
     def kv_round_trip(self, x: Tensor, bits: int, key_rotation: Any = "none") -> Tensor:
         assert x.is_contiguous()
@@ -66,6 +71,25 @@ class Operators:
         y = y.to(out_dtype)
         return self._finish("w4a8_gemm", y if bias is None else y + bias.to(out_dtype))
 
+    def w4a8_gemm_sm90(
+        self,
+        act_tiles: Tensor,
+        act_scales: Tensor,
+        act_sums: Tensor,
+        weight_tiles: Tensor,
+        s1_scales: Tensor,
+        s1_szeros: Tensor | None,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        codes = untile_activations(act_tiles, act_scales.shape[0])
+        packed = untile_weights(weight_tiles, s1_scales.shape[0])
+        s2 = (packed.get("s2_scales"), packed.get("s2_zeros"))
+        rest = (s1_szeros, bias, out_dtype)
+        return self._finish(
+            "w4a8_gemm_sm90", self.w4a8_gemm(codes, act_scales, act_sums, packed["qweight"], s1_scales, *s2, *rest)
+        )
+
 
 def _sums(act_codes: Tensor, qweight: Tensor, s2_scales: Tensor | None, s2_zeros: Tensor | None) -> Tensor:
     if s2_scales is not None and s2_zeros is not None:
@@ -81,6 +105,14 @@ def cpu_operators() -> Iterator[Operators]:
 
     operators = Operators()
     with torch.library._scoped_library("qoq", "IMPL") as library:
-        for name in ("quantize_activation", "w4a8_gemm", "w4a8_gemm_int32", "kv_round_trip", "rotate_heads"):
+        for name in (
+            "quantize_activation",
+            "quantize_activation_tiled",
+            "w4a8_gemm",
+            "w4a8_gemm_int32",
+            "w4a8_gemm_sm90",
+            "kv_round_trip",
+            "rotate_heads",
+        ):
             library.impl(name, getattr(operators, name), "CPU")
         yield operators

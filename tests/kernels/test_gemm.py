@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qoq.kernels import gemm
 from qoq.kernels.compiler import compile_all, nvrtc_version
 from qoq.kernels.dispatch import choose_gemm
+from qoq.kernels.gemm_tiles import HOPPER
 from qoq.recipes.errors import QoQError
 
 M, N, K = 5, 64, 256
@@ -114,8 +115,9 @@ def test_a_kernel_of_each_format_compiles_without_spills() -> None:
         pytest.skip(error.message)
     jobs = [
         (choose_gemm(arch, weights, m, 4096, 4096).tile.spec(arch, weights, "float16"), arch)
-        for arch in ("sm_80", "sm_90")
+        for arch in ("sm_80", "sm_90", HOPPER)
         for weights, m in (("g128", 1), ("per_channel", 64), ("int8", 4096))
     ]
     for (spec, _), cubin in compile_all(jobs).items():
         assert cubin.resources.spill_bytes == 0, spec.label
+        assert not cubin.resources.waits, spec.label

@@ -352,3 +352,78 @@ def test_copies_keep_the_backend(kernels: Any) -> None:
     module = module_of(random_linear(progressive=True, has_bias=True))
     module.backend = "reference"
     assert copy.deepcopy(module).backend == "reference"
+
+
+# ---- Hopper: re-packed weights instead of the buffers
+
+
+@pytest.fixture
+def hopper(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("qoq.kernels.modules.wants_tiles", lambda weight: True)
+    return kernels
+
+
+def after_state_dict(module: QoQLinear) -> QoQLinear:
+    module.state_dict()
+    return module
+
+
+USES: dict[str, Callable[[QoQLinear], Any]] = {
+    "again": lambda module: module,
+    "saved": after_state_dict,
+    "cast": QoQLinear.float,
+    "copied": copy.deepcopy,
+    "pickled": lambda module: pickle.loads(pickle.dumps(module)),  # noqa: S301
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(("progressive", "has_bias", "post_scale"), CASES)
+def test_hopper_gets_its_tiles_and_gives_the_buffers_back(
+    hopper: Any, progressive: bool, has_bias: bool, post_scale: bool, use: str
+) -> None:
+    linear = random_linear(progressive=progressive, has_bias=has_bias, post_scale=post_scale)
+    module, x = module_of(linear), torch.randn(5, K, generator=torch.Generator().manual_seed(1)).half()
+    expected = linear_forward(x, IntegerWeight.decode(linear), act_bits=8)
+    assert torch.equal(module(x), expected)
+    module = USES[use](module)
+    assert torch.equal(module(x), expected)
+    assert hopper.calls[-1] == "w4a8_gemm_sm90"
+    assert module.qweight is None, "kept twice"
+    assert module._buffers.get("s2_scales") is None
+    module.backend = "reference"
+    assert torch.equal(module(x), expected)
+    for name, tensor in pack_linear(linear).items():
+        assert torch.equal(module.packed()[name], tensor), name
+
+
+def test_weights_are_tiled_once(hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_of(random_linear(progressive=True, has_bias=True)), torch.ones(1, K).half()
+    module(x)
+    monkeypatch.setattr("qoq.kernels.modules.tile_weights", lambda packed: pytest.fail("again"))
+    module(x)
+
+
+@pytest.mark.parametrize("edit", ["another tensor", "loaded"])
+def test_illegal_bytes_never_reach_hoppers_kernel(hopper: Any, edit: str) -> None:
+    module, x = module_of(random_linear(progressive=True, has_bias=False)), torch.ones(1, K).half()
+    illegal = module.s2_scales.clone()
+    illegal[1, 5] = 17
+    module(x)
+    hopper.calls.clear()
+    if edit == "loaded":
+        module.load_state_dict({**module.state_dict(), "s2_scales": illegal})
+    else:
+        module.s2_scales = illegal
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj: s2_scales: values"):
+        module(x)
+    assert hopper.calls == []
+
+
+def test_hoppers_call_compiles_into_one_graph(hopper: Any) -> None:
+    linear = random_linear(progressive=True, has_bias=True)
+    module, x = module_of(linear), torch.randn(3, K, generator=torch.Generator().manual_seed(1)).half()
+    module(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), linear_forward(x, IntegerWeight.decode(linear), act_bits=8))
