@@ -36,6 +36,7 @@ def w4a8_gemm_sm90(
     weight_tiles  uint8, as `tiles.tile_weights` has them;  s1_scales float16 [N];  bias float16 [N] or None
     s1_szeros     float16 [N] per channel, None for progressive weights
 
+    The kernel may read weights before what was enqueued ahead of it has ended: synchronize once after making the tiles.
     Raises ValueError when a tensor's shape, dtype, device or layout is another.
     """
     weights: WeightFormat = "g128" if s1_szeros is None else "per_channel"

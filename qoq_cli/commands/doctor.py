@@ -243,6 +243,11 @@ def _kernel_tools() -> list[Finding]:
     elif cuda and package != "cupy" and package != f"cupy-cuda{extra[2:]}x":
         detail = f"{version} ({package}), but PyTorch has CUDA {cuda}"
         findings = [Finding("CuPy", "note", detail, f"pip uninstall {package}; {install}")]
+    if _is_installed("cuda-bindings"):
+        findings.append(Finding("cuda-bindings", "ok", importlib.metadata.version("cuda-bindings")))
+    else:
+        detail = "not installed: on Hopper each kernel starts when the one before has ended"
+        findings.append(Finding("cuda-bindings", "note", detail, install))
     try:
         from qoq.kernels.compiler import nvrtc_version
 

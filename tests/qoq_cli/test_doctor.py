@@ -61,8 +61,11 @@ def test_cupy_that_is_missing_or_of_another_cuda_is_a_note(monkeypatch: pytest.M
     both, *_ = doctor._kernel_tools()
     assert "several are installed" in both.detail
     fake_packages(monkeypatch, {"cupy-cuda13x": "14.0"}, "13.0")
-    right, *_ = doctor._kernel_tools()
+    right, bindings, *_ = doctor._kernel_tools()
     assert right.status == "ok"
+    assert (bindings.what, bindings.status, bindings.fix) == ("cuda-bindings", "note", "pip install 'qoq[cu13]'")
+    fake_packages(monkeypatch, {"cupy-cuda13x": "14.0", "cuda-bindings": "13.0"}, "13.0")
+    assert doctor._kernel_tools()[1] == doctor.Finding("cuda-bindings", "ok", "13.0")
 
 
 def test_an_unusable_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
