@@ -166,7 +166,7 @@ class GemmProblem:
         self._is_hopper = is_hopper(torch.cuda.current_device())
         cache_bytes = int(torch.cuda.get_device_properties(generator.device).L2_cache_size)
         free, _ = torch.cuda.mem_get_info()
-        forms = dict.fromkeys(_FORMS[name] for name in wanted if name in _FORMS)
+        forms = dict.fromkeys(self._form(name) for name in wanted if name in _FORMS)
         budget = int(0.6 * free) // max(1, len(forms))
         self._weights: dict[str, list[dict[str, Tensor]]] = {}
         for form in forms:
@@ -180,6 +180,10 @@ class GemmProblem:
             self._weights[form] = [self._make(form) for _ in range(copies)]
         torch.cuda.synchronize()  # kernels that overlap read weights ahead of what was enqueued
 
+    def _form(self, name: str) -> str:
+        """What variant `name` reads; the portable kernel reads int8 weights as `torch._int_mm` does."""
+        return "int8" if name == "w8a8" and not self._is_hopper else _FORMS[name]
+
     def _make(self, form: str) -> dict[str, Tensor]:
         n, k, device = self._n, self._k, self._generator.device
         if form in ("g128", "chn"):
@@ -188,10 +192,10 @@ class GemmProblem:
                 return packed
             unchanged = {name: tensor for name, tensor in packed.items() if name.startswith("s1_")}
             return {"tiles": tile_weights(packed), **unchanged}
-        if form == "w8a8" and self._is_hopper:
+        if form == "w8a8":
             made = self._make("int8")
             return {"tiles": tile_int8_weights(made["weight"]), "s1_scales": made["s1_scales"]}
-        if form in ("int8", "w8a8"):
+        if form == "int8":
             weight = torch.empty(n, padded_in_features(k), dtype=torch.int8, device=device)
             scales = torch.rand(n, generator=self._generator, device=device) * 1e-4 + 1e-4
             return {"weight": weight.random_(-127, 128, generator=self._generator), "s1_scales": scales.half()}
@@ -212,7 +216,7 @@ class GemmProblem:
             if name.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
                 skipped[name] = "this GPU has no float8"
                 continue
-            copies = self._weights[_FORMS[name]]
+            copies = self._weights[self._form(name)]
             call: Callable[[int], object]
             if name in OURS and self._is_hopper:
                 call = _hopper_call(tiles, scales, sums, copies)

@@ -10,6 +10,8 @@ Weights must have been checked once (`formats.packing.unpack_linear`): a value t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -145,34 +147,38 @@ def run_gemm(
         return out
     arch = architecture(device)
     choice = choice or choose_gemm(arch, weights, m, n, k)
-    kernel = load_kernel(choice.tile.spec(arch, weights, output_format(out_dtype)), device)
-    share = choice.share(arch, weights, m, n, k, num_sms(device))
+    launch_gemm(
+        choice,
+        arch,
+        weights,
+        (weight, act_codes, s2_scales, s2_zeros, act_scales, act_sums, s1_scales, s1_szeros, bias),
+        k,
+        out,
+    )
+    return out
+
+
+def launch_gemm(
+    choice: GemmChoice,
+    kernels: str,
+    weights: WeightFormat,
+    operands: Sequence[Tensor | None],
+    k: int,
+    out: Tensor,
+    *,
+    overlapping: bool = False,
+) -> None:
+    """Launch `choice` of the kernels for architecture `kernels` on operands in the order of their parameters."""
+    (m, n), device = out.shape, out.device.index
+    kernel = load_kernel(choice.tile.spec(kernels, weights, output_format(out.dtype)), device)
+    share = choice.share(kernels, weights, m, n, k, num_sms(device))
     with torch.cuda.device(device):
         counters, sums = workspace(device)
         kernel.launch(
             (share.blocks, 1, 1),
-            (
-                weight,
-                act_codes,
-                s2_scales,
-                s2_zeros,
-                act_scales,
-                act_sums,
-                s1_scales,
-                s1_szeros,
-                bias,
-                out,
-                sums,
-                counters,
-                m,
-                n,
-                k,
-                share.whole,
-                share.units_each,
-                share.longer,
-            ),
+            (*operands, out, sums, counters, m, n, k, share.whole, share.units_each, share.longer),
+            overlapping=overlapping,
         )
-    return out
 
 
 def workspace(device: int) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from qoq.kernels.dispatch import GemmChoice, choose_gemm
-from qoq.kernels.gemm import check_tensor, output_format, workspace
+from qoq.kernels.gemm import check_tensor, launch_gemm
 from qoq.kernels.gemm_tiles import HOPPER, WeightFormat, weight_block_bytes
-from qoq.kernels.launch import load_kernel, num_sms
 from qoq.kernels.tiles import PAIR_CHANNELS, activation_tiles_shape
 from qoq.recipes.schema import GROUP_SIZE
 
@@ -83,38 +82,13 @@ def run_gemm_sm90(
     """Check the operands and launch one GEMM. `choice`, `out` and `overlapping` are for tuning and for tests."""
     m, n = act_scales.shape[0], s1_scales.shape[0]
     k = _check_operands(weights, act_tiles, act_scales, weight_tiles, s1_scales, s1_szeros, bias)
-    device = act_tiles.device.index
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=act_tiles.device)
     if m == 0:
         return out
     choice = choice or choose_gemm(HOPPER, weights, m, n, k)
-    kernel = load_kernel(choice.tile.spec(HOPPER, weights, output_format(out_dtype)), device)
-    share = choice.share(HOPPER, weights, m, n, k, num_sms(device))
-    with torch.cuda.device(device):
-        counters, sums = workspace(device)
-        kernel.launch(
-            (share.blocks, 1, 1),
-            (
-                weight_tiles,
-                act_tiles,
-                act_scales,
-                act_sums,
-                s1_scales,
-                s1_szeros,
-                bias,
-                out,
-                sums,
-                counters,
-                m,
-                n,
-                k,
-                share.whole,
-                share.units_each,
-                share.longer,
-            ),
-            overlapping=overlapping,
-        )
+    operands = (weight_tiles, act_tiles, act_scales, act_sums, s1_scales, s1_szeros, bias)
+    launch_gemm(choice, HOPPER, weights, operands, k, out, overlapping=overlapping)
     return out
 
 

@@ -126,16 +126,19 @@ class Sm90Tile:
     warpgroups: int
     stages: int
     blocks_per_sm: int
-    groups: int = 1
-    """Of 128 inputs in a stage; the kernel knows no other number."""
 
     def __post_init__(self) -> None:
         if self.tokens not in _WGMMA_TOKENS:
             raise ValueError(f"{self}: wgmma takes {_WGMMA_TOKENS} tokens")
-        if self.groups != 1 or self.warpgroups not in (1, 2, 4):
-            raise ValueError(f"{self}: expected stages of one group, and 1, 2 or 4 warpgroups")
+        if self.warpgroups not in (1, 2, 4):
+            raise ValueError(f"{self}: expected 1, 2 or 4 warpgroups")
         if self.blocks_per_sm * self.block_n * self.block_m > WORKSPACE_SUMS_PER_SM:
             raise ValueError(f"{self}: the workspace has {WORKSPACE_SUMS_PER_SM} sums for each SM")
+
+    @property
+    def groups(self) -> int:
+        """Of 128 inputs in a stage; this kernel has one."""
+        return 1
 
     @property
     def block_n(self) -> int:

@@ -16,7 +16,7 @@
 #include "common/types.cuh"
 #include "sm80/gemm_epilogue.cuh"
 #include "sm80/gemm_loader.cuh"
-#include "sm80/gemm_schedule.cuh"
+#include "common/gemm_schedule.cuh"
 #include "sm80/gemm_weights.cuh"
 
 constexpr int kThreads = WARPS_N * WARPS_M * WARPS_K * kWarpSize;

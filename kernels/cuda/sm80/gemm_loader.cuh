@@ -7,7 +7,7 @@
 #pragma once
 #include "common/async_copy.cuh"
 #include "common/types.cuh"
-#include "sm80/gemm_schedule.cuh"
+#include "common/gemm_schedule.cuh"
 #include "sm80/gemm_weights.cuh"
 
 struct Operands {

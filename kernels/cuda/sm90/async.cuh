@@ -1,9 +1,8 @@
 // Barriers in shared memory, bulk copies into it, and the wait for an earlier kernel (PTX ISA, "mbarrier",
 // "cp.async.bulk", "griddepcontrol").
 #pragma once
+#include "common/async_copy.cuh"
 #include "common/types.cuh"
-
-DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 DEVICE void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

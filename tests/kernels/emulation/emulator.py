@@ -112,7 +112,13 @@ class EmulatedKernel:
         self._emulate = ctypes.CDLL(str(library)).qoq_emulate
         self._parameters = _parameters(source, spec.entry)
 
-    def launch(self, grid: tuple[int, int, int], arguments: Sequence[Tensor | int | float | None]) -> None:
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        arguments: Sequence[Tensor | int | float | None],
+        *,
+        overlapping: bool = False,
+    ) -> None:
         """Run the kernel to its end. Raises EmulationError where it does what it may not."""
         memory = _Memory([argument for argument in arguments if isinstance(argument, Tensor)])
         values: list[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_float] = []

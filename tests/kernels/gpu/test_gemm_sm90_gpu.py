@@ -118,6 +118,31 @@ def test_chained_graphs_replay_the_same_bits() -> None:
             assert torch.equal(out, first)
 
 
+def test_launches_that_follow_each_other_directly_share_the_workspace() -> None:
+    """Nothing between them: each may start before the one before has ended, on tiles that blocks share."""
+    case = Case("g128", 20, 1024, 4096, seed=6, bias=False)
+    packed = {name: tensor.cuda() for name, tensor in case.operands.items()}
+    tiles, s1, act = tile_weights(packed), packed["s1_scales"], tile_activations(case.codes.cuda())
+    scales, sums = case.scales.cuda(), case.sums.cuda()
+    choice = GemmChoice(gemm_tile("sm90-64x32-b3"), True, "test")
+    torch.cuda.synchronize()
+
+    def launches() -> list[Tensor]:
+        operands = ("g128", act, scales, sums, tiles, s1, None, None, torch.int32)
+        return [run_gemm_sm90(*operands, choice=choice) for _ in range(20)]
+
+    launches()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = launches()
+    for _ in range(3):
+        for out in outs:
+            out.fill_(7)
+        graph.replay()
+        for out in outs:
+            assert_same(out.cpu(), case.acc())
+
+
 def test_same_bits_from_run_to_run() -> None:
     case = Case("g128", 100, 1024, 4096, seed=11)
     first = run_on_hopper(case, torch.float16)
