@@ -4,6 +4,7 @@ On Hopper it is Hopper's own kernels that are measured, launched as they are use
 before has ended; --portable measures those that every architecture has, without that.
 
     python benchmarks/tune_gemm.py --write
+    python benchmarks/tune_gemm.py --write --model llama-3-70b --tokens 8,16,32
 
 Results are not compared here: that every tile is exact is for `make test-gpu` to say. Calls rotate over more weights
 than the L2 holds, in a CUDA graph; candidates are interleaved over the rounds, since heat moves the clock.
@@ -29,11 +30,21 @@ from qoq.kernels.compiler import compile_all
 from qoq.kernels.dispatch import GEMM_TABLE, GemmChoice, gemm_table, gemm_tile
 from qoq.kernels.gemm import run_gemm
 from qoq.kernels.gemm_sm90 import run_gemm_sm90
-from qoq.kernels.gemm_tiles import HOPPER, OUT_FORMATS, Sm90Tile, WeightFormat, weight_block_bytes
+from qoq.kernels.gemm_tiles import (
+    HOPPER,
+    OUT_FORMATS,
+    DecodeTile,
+    GemmTile,
+    HopperTile,
+    SplitTile,
+    Tile,
+    WeightFormat,
+    weight_block_bytes,
+)
 from qoq.kernels.launch import architecture, is_hopper
 from qoq.kernels.tiles import PAIR_CHANNELS, tile_activations
+from qoq.recipes.shapes import find_shape
 
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 PORTABLE_TOKENS: dict[WeightFormat, list[int]] = {
     "g128": [1, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096],
     "per_channel": [1, 16, 32, 64, 128, 256, 1024, 4096],
@@ -44,6 +55,8 @@ HOPPER_TOKENS = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 409
 WEIGHTS = list(PORTABLE_TOKENS)
 ROTATED_BYTES = 256 << 20
 _LARGE = 192
+_MOST_TILES = 1024
+"""Kernels whose blocks take one tile each are not for more."""
 
 
 class Problem:
@@ -75,7 +88,7 @@ class Problem:
         torch.cuda.synchronize()
 
     def run(self, m: int, copy: int, choice: GemmChoice) -> None:
-        if isinstance(choice.tile, Sm90Tile):
+        if isinstance(choice.tile, HopperTile):
             if m not in self._tiles:
                 self._tiles = {m: tile_activations(self.codes[:m])}
             run_gemm_sm90(
@@ -134,31 +147,51 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int
 
 
 def without_spills(arch: str, formats: list[WeightFormat]) -> dict[WeightFormat, set[str]]:
-    """Tiles of the kernels for `arch` that, for every output, fit the registers."""
-    names = [name for name in gemm_table()["tiles"] if isinstance(gemm_tile(name), Sm90Tile) == (arch == HOPPER)]
-    jobs = {
-        (gemm_tile(name).spec(arch, weights, out), arch): (weights, name)
-        for name in names
+    """Tiles of the kernels for `arch` that take the weights and, for every output, fit the registers."""
+    tiles = {name: gemm_tile(name) for name in gemm_table()["tiles"]}
+    names = {
+        weights: [name for name, tile in tiles.items() if is_for(tile, arch) and takes(tile, weights)]
         for weights in formats
+    }
+    jobs = {
+        (tiles[name].spec(arch, weights, out), arch): (weights, name)
+        for weights in formats
+        for name in names[weights]
         for out in OUT_FORMATS
     }
     cubins = compile_all(jobs)
-    spilling = {jobs[job] for job, cubin in cubins.items() if cubin.resources.spill_bytes}
-    return {w: {name for name in names if (w, name) not in spilling} for w in formats}
+    unfit = {jobs[job] for job, cubin in cubins.items() if cubin.resources.spill_bytes or cubin.resources.waits}
+    return {weights: {name for name in names[weights] if (weights, name) not in unfit} for weights in formats}
 
 
-def candidates(m: int, names: set[str]) -> dict[str, GemmChoice]:
+def is_for(tile: Tile, arch: str) -> bool:
+    return isinstance(tile, HopperTile) == (arch == HOPPER)
+
+
+def takes(tile: Tile, weights: WeightFormat) -> bool:
+    """Whether there is a kernel of that tile for the weights, and room for it."""
+    return not isinstance(tile, DecodeTile | SplitTile) or tile.fits(HOPPER, weights)
+
+
+def candidates(m: int, n: int, names: set[str]) -> dict[str, GemmChoice]:
     """Tiles for M tokens: none that is mostly empty, none that would take very many passes over the weights."""
     found = {}
     for name in sorted(names):
         tile = gemm_tile(name)
-        least = 8 if isinstance(tile, Sm90Tile) else 16
-        if (tile.block_m > least and tile.block_m >= 2 * m) or (m > 4 * tile.block_m and tile.block_m < 64):
+        least = 16 if isinstance(tile, GemmTile) else 8
+        if tile.block_m > least and tile.block_m >= 2 * m:
             continue
-        if isinstance(tile, Sm90Tile) and m > 4 * tile.tokens and tile.tokens < _LARGE:
-            continue
-        for stream in (True, False):
-            found[f"{name}/{'stream' if stream else 'tiles'}"] = GemmChoice(tile, stream, "tuning")
+        match tile:
+            case DecodeTile() | SplitTile():
+                tiles = math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n)
+                if m > 2 * tile.block_m or (isinstance(tile, DecodeTile) and m > tile.block_m) or tiles > _MOST_TILES:
+                    continue
+                found[f"{name}/tiles"] = GemmChoice(tile, False, "tuning")
+            case _:
+                if m > 4 * tile.block_m and tile.block_m < (64 if isinstance(tile, GemmTile) else _LARGE):
+                    continue
+                for stream in (True, False):
+                    found[f"{name}/{'stream' if stream else 'tiles'}"] = GemmChoice(tile, stream, "tuning")
     return found
 
 
@@ -170,14 +203,23 @@ def as_text(table: dict[str, Any]) -> str:
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows instead of the old ones of their problem, but for those that serve smaller M than any that is new."""
+    """New rows instead of the old ones of their problem, but for those of M outside what was measured anew."""
     problem = itemgetter("architecture", "weights", "n", "k")
 
     def largest(row: dict[str, Any]) -> float:
         return math.inf if row["max_m"] is None else row["max_m"]
 
-    first = {key: min(map(largest, rows)) for key, rows in groupby(sorted(new, key=problem), problem)}
-    kept = [row for row in old if problem(row) not in first or largest(row) < first[problem(row)]]
+    ranges = {
+        key: (min(limits), max(limits))
+        for key, rows in groupby(sorted(new, key=problem), problem)
+        if (limits := [largest(row) for row in rows])
+    }
+
+    def stays(row: dict[str, Any]) -> bool:
+        least, most = ranges.get(problem(row), (math.inf, 0.0))
+        return not least <= largest(row) <= most
+
+    kept = [row for row in old if stays(row)]
     return sorted(kept + new, key=lambda row: (WEIGHTS.index(row["weights"]), problem(row), largest(row)))
 
 
@@ -186,7 +228,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the best into kernels/tables/gemm.json")
     parser.add_argument("--log", type=Path, help="all measurements as JSON")
     parser.add_argument("--weights", default="g128,per_channel,int8")
-    parser.add_argument("--tokens", help="only these M, for every format; rows for smaller ones stay")
+    parser.add_argument("--tokens", help="only these M, for every format; rows for smaller and larger ones stay")
+    parser.add_argument("--model", default="llama-3-8b", help="whose products, by the names of `qoq models`")
     parser.add_argument("--portable", action="store_true", help="on Hopper: the kernels that every architecture has")
     parser.add_argument("--seconds", type=float, default=600, help="stop measuring after this long")
     arguments = parser.parse_args()
@@ -199,18 +242,16 @@ def main() -> None:
     print(f"compiled in {time.perf_counter() - started:.1f} s; tiles without spills: {usable}", flush=True)
     started, log, rows = time.perf_counter(), [], []
     for weights in formats:
-        tokens = HOPPER_TOKENS if on_hopper else PORTABLE_TOKENS[weights]
-        if arguments.tokens:
-            tokens = [int(m) for m in arguments.tokens.split(",")]
-        for shape, (n, k) in SHAPES.items():
+        all_tokens = HOPPER_TOKENS if on_hopper else PORTABLE_TOKENS[weights]
+        tokens = [int(m) for m in arguments.tokens.split(",")] if arguments.tokens else all_tokens
+        for shape, (n, k) in find_shape(arguments.model).layer_gemms().items():
             problem = Problem(weights, n, k, max(tokens), is_hopper=on_hopper)
             for m in tokens:
                 if time.perf_counter() - started > arguments.seconds:
                     sys.exit("out of time")
                 calls = max(4, min(40, int(40 * 256 / max(m, 256))))
-                graphs = {
-                    name: capture(problem, m, choice, calls) for name, choice in candidates(m, usable[weights]).items()
-                }
+                choices = candidates(m, n, usable[weights])
+                graphs = {name: capture(problem, m, choice, calls) for name, choice in choices.items()}
                 times = time_graphs(graphs, calls, 4)
                 best = sorted(times, key=times.__getitem__)
                 log.append({"weights": weights, "shape": shape, "n": n, "k": k, "m": m, "us": times})
@@ -225,7 +266,7 @@ def main() -> None:
                         "weights": weights,
                         "n": n,
                         "k": k,
-                        "max_m": m if m != max(tokens) else None,
+                        "max_m": m if m != max(all_tokens) else None,
                         "tile": tile,
                         "stream": schedule == "stream",
                     }

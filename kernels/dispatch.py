@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.gemm_tiles import HOPPER, OUT_FORMATS, WEIGHT_FORMATS, GemmTile, Sm90Tile, Tile, WeightFormat
+from qoq.kernels.gemm_tiles import (
+    HOPPER,
+    OUT_FORMATS,
+    WEIGHT_FORMATS,
+    DecodeTile,
+    GemmTile,
+    Sm90Tile,
+    SplitTile,
+    Tile,
+    WeightFormat,
+)
 from qoq.recipes.schema import GROUP_SIZE
 
 _MEASURED_FIRST = "sm_90"
@@ -45,6 +55,8 @@ class GemmChoice:
 
     def share(self, architecture: str, weights: WeightFormat, m: int, n: int, k: int, num_sms: int) -> Share:
         """How the work on out [M, N] is shared between blocks: no more than run at once, none without work."""
+        if not isinstance(self.tile, GemmTile | Sm90Tile):
+            raise TypeError(f"{self.tile}: a block of its kernel has one tile")
         tiles = math.ceil(n / self.tile.block_n) * math.ceil(m / self.tile.block_m)
         blocks, _ = self.tile.resident(architecture, weights)
         if not self.stream:
@@ -83,7 +95,7 @@ def _choices(architecture: str, weights: WeightFormat, n: int, k: int) -> list[t
 
 @cache
 def gemm_table() -> dict[str, Any]:
-    """GEMM_TABLE: "tiles", arguments of `GemmTile` or `Sm90Tile` by name, and "measured", the rows."""
+    """GEMM_TABLE: "tiles", arguments of a `Tile` by name, which say of which kind it is, and "measured", the rows."""
     table: dict[str, Any] = json.loads(GEMM_TABLE.read_text(encoding="utf-8"))
     return table
 
@@ -91,7 +103,9 @@ def gemm_table() -> dict[str, Any]:
 def gemm_tile(name: str) -> Tile:
     """The tile that rows of the table call `name`."""
     arguments = gemm_table()["tiles"][name]
-    return Sm90Tile(**arguments) if "warpgroups" in arguments else GemmTile(**arguments)
+    kinds: dict[str, type[Tile]] = {"units": DecodeTile, "splits": SplitTile, "warpgroups": Sm90Tile}
+    kind = next((kind for argument, kind in kinds.items() if argument in arguments), GemmTile)
+    return kind(**arguments)
 
 
 def gemm_specs(architecture: str) -> list[tuple[KernelSpec, str]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qoq.kernels.dispatch import GemmChoice, choose_gemm
-from qoq.kernels.gemm_tiles import WORKSPACE_SUMS_PER_SM, OutFormat, WeightFormat
+from qoq.kernels.gemm_tiles import WORKSPACE_SUMS_PER_SM, DecodeTile, OutFormat, SplitTile, WeightFormat
 from qoq.kernels.launch import architecture, load_kernel, num_sms, refuse_capture
 from qoq.recipes.schema import GROUP_SIZE
 
@@ -171,8 +171,12 @@ def launch_gemm(
     """Launch `choice` of the kernels for architecture `kernels` on operands in the order of their parameters."""
     (m, n), device = out.shape, out.device.index
     kernel = load_kernel(choice.tile.spec(kernels, weights, output_format(out.dtype)), device)
-    share = choice.share(kernels, weights, m, n, k, num_sms(device))
     with torch.cuda.device(device):
+        if isinstance(choice.tile, DecodeTile | SplitTile):
+            grid = (choice.tile.cluster * -(-n // choice.tile.block_n), -(-m // choice.tile.block_m), 1)
+            kernel.launch(grid, (*operands, out, m, n, k), overlapping=overlapping)
+            return
+        share = choice.share(kernels, weights, m, n, k, num_sms(device))
         counters, sums = workspace(device)
         kernel.launch(
             (share.blocks, 1, 1),

@@ -1,7 +1,8 @@
 """What a GEMM kernel is instantiated with, and what that takes of an SM: sizes of tiles, stages, shared memory.
 
-`GemmTile` is for sm80/gemm.cu, which every architecture since Ampere runs; `Sm90Tile` for sm90/gemm.cu, on Hopper only,
-which reads operands as `tiles` lays them out. Their specs are compiled for "sm_90a".
+`GemmTile` is for sm80/gemm.cu, which every architecture since Ampere runs. Hopper has three kernels of its own, that
+read operands as `tiles` lays them out: `Sm90Tile` is for sm90/gemm.cu and many tokens, `SplitTile` for
+sm90/gemm_split.cu, `DecodeTile` for sm90/gemm_decode.cu and few. Their specs are compiled for "sm_90a".
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ _KEEPS_REGISTERS = 128
 """Tokens up to which the registers of a block suffice as they are given out."""
 _BARRIER_BYTES = 16
 _FEWEST_STAGES = 2
+
+_SPLITS = (1, 2, 4)
+_SUMS_PADDING = 4
+
+_DECODE_TOKENS = (8, 16, 24, 32)
+_UNIT_CHANNELS = 16
+_MOST_UNITS = 4
 
 
 def shared_bytes_of_sm(architecture: str) -> int:
@@ -190,4 +198,119 @@ class Sm90Tile:
         return KernelSpec("sm90/gemm.cu", "qoq_gemm_sm90", tuple(defines.items()), self.threads, shared)
 
 
-Tile = GemmTile | Sm90Tile
+@dataclass(frozen=True)
+class DecodeTile:
+    """Template arguments of one instantiation of sm90/gemm_decode.cu, for 4-bit weights; see there."""
+
+    tokens: int
+    units: int
+    warps: int
+    stages: int
+    cluster: int
+    blocks_per_sm: int
+
+    def __post_init__(self) -> None:
+        if self.tokens not in _DECODE_TOKENS:
+            raise ValueError(f"{self}: expected one of {_DECODE_TOKENS} tokens")
+        if not 1 <= self.units <= _MOST_UNITS or self.cluster not in (1, 2):
+            raise ValueError(f"{self}: expected 1 to {_MOST_UNITS} units and a cluster of 1 or 2")
+        if self.tokens * 4 * (self.block_n + _SUMS_PADDING) > self.stages * self.units * (_UNIT_CHANNELS * 64):
+            raise ValueError(f"{self}: the sums of a warp do not fit its ring")
+
+    @property
+    def block_n(self) -> int:
+        return _UNIT_CHANNELS * self.units
+
+    @property
+    def block_m(self) -> int:
+        return self.tokens
+
+    def ring_bytes(self, weights: WeightFormat) -> int:
+        """Of all warps of a block."""
+        unit = weight_block_bytes(weights) * _UNIT_CHANNELS // _WARPGROUP_CHANNELS
+        return self.warps * self.stages * self.units * unit
+
+    def fits(self, architecture: str, weights: WeightFormat) -> bool:
+        """Whether `blocks_per_sm` of them have room on an SM, and the kernel is for such weights."""
+        received = self.tokens * self.block_n // self.cluster * 4 if self.cluster > 1 else 0
+        each = self.ring_bytes(weights) + received + self.warps * self.stages * 8 + _RESERVED_KIB * 1024
+        return weights != "int8" and self.blocks_per_sm * each <= shared_bytes_of_sm(architecture)
+
+    def spec(self, architecture: str, weights: WeightFormat, out: OutFormat) -> KernelSpec:
+        """The instantiation for `architecture`, which is HOPPER. Raises ValueError where it does not fit."""
+        if not self.fits(architecture, weights):
+            raise ValueError(f"{self} does not take {weights} weights, or does not fit the SM of {architecture}")
+        defines = {
+            "WEIGHT_FORMAT": WEIGHT_FORMATS.index(weights),
+            "OUT_FORMAT": OUT_FORMATS.index(out),
+            "TOKENS": self.tokens,
+            "UNITS": self.units,
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "CLUSTER": self.cluster,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+        }
+        shared, threads = self.ring_bytes(weights), 32 * self.warps
+        return KernelSpec("sm90/gemm_decode.cu", "qoq_gemm_decode_sm90", tuple(defines.items()), threads, shared)
+
+
+@dataclass(frozen=True)
+class SplitTile:
+    """Template arguments of one instantiation of sm90/gemm_split.cu; see there."""
+
+    tokens: int
+    channel_groups: int
+    splits: int
+    cluster: int
+    stages: int
+    blocks_per_sm: int
+
+    def __post_init__(self) -> None:
+        if self.tokens not in _WGMMA_TOKENS or self.tokens > _KEEPS_REGISTERS:
+            raise ValueError(f"{self}: expected one of {_WGMMA_TOKENS} tokens up to {_KEEPS_REGISTERS}")
+        if self.channel_groups not in (1, 2) or self.splits not in _SPLITS or self.cluster not in _SPLITS:
+            raise ValueError(f"{self}: expected 1 or 2 channel groups, and {_SPLITS} splits and blocks of a cluster")
+        if self.stages % self.splits:
+            raise ValueError(f"{self}: expected a multiple of {self.splits} stages")
+
+    @property
+    def block_n(self) -> int:
+        return _WARPGROUP_CHANNELS * self.channel_groups
+
+    @property
+    def block_m(self) -> int:
+        return self.tokens
+
+    def shared_bytes(self, weights: WeightFormat) -> int:
+        """Of the stages; afterwards of the sums of every split, and those of other blocks of the cluster."""
+        stage = self.channel_groups * _WEIGHT_BLOCK_BYTES[weights] + self.tokens * GROUP_SIZE
+        sums = self.splits * self.tokens * 4 * (self.block_n + _SUMS_PADDING)
+        received = (self.cluster - 1) * self.tokens * 4 * self.block_n // self.cluster
+        return max(self.stages * stage, sums + received)
+
+    def fits(self, architecture: str, weights: WeightFormat) -> bool:
+        """Whether `blocks_per_sm` of them have room on an SM."""
+        each = self.shared_bytes(weights) + self.stages * _BARRIER_BYTES + _RESERVED_KIB * 1024
+        return self.blocks_per_sm * each <= shared_bytes_of_sm(architecture)
+
+    def spec(self, architecture: str, weights: WeightFormat, out: OutFormat) -> KernelSpec:
+        """The instantiation for `architecture`, which is HOPPER. Raises ValueError where it does not fit."""
+        if not self.fits(architecture, weights):
+            raise ValueError(f"{self} does not fit the SM of {architecture} with {weights} weights")
+        defines = {
+            "WEIGHT_FORMAT": WEIGHT_FORMATS.index(weights),
+            "OUT_FORMAT": OUT_FORMATS.index(out),
+            "TOKENS": self.tokens,
+            "GROUPS": self.channel_groups,
+            "SPLITS": self.splits,
+            "CLUSTER": self.cluster,
+            "STAGES": self.stages,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+        }
+        threads = 128 * self.channel_groups * self.splits + 32
+        shared = self.shared_bytes(weights)
+        return KernelSpec("sm90/gemm_split.cu", "qoq_gemm_split_sm90", tuple(defines.items()), threads, shared)
+
+
+HopperTile = Sm90Tile | SplitTile | DecodeTile
+Tile = GemmTile | HopperTile

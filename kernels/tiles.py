@@ -1,13 +1,14 @@
 """Operands of the Hopper kernels: weights re-packed once on the GPU, activations as their quantizer writes them.
 
 Weights are uint8 [ceil(N/128), K/128, 2, block]: blocks of 64 channels by 128 inputs, N padded to a multiple of 128
-with zeros. A block of 4-bit weights has 4096 bytes of codes; progressive ones are followed by 128 bytes of scales, and
-int8 weights take 8192 bytes. Within a block, channel = 16 w + 8 h + g and input = 64 u + 32 s + 16 c + 4 t + i:
-    codes   byte 2048 u + 16 (32 w + 4 g + t) + 4 (2 c + h) + i, in the low half for s = 0 and the high one for s = 1:
-            the 16 bytes that lane 4 g + t of warp w reads hold the A operands of wgmma m64k32 (and of mma m16n8k32)
-    scales  bytes 16 w + 2 g + ... : for each w and g the bytes s2 and zero of channel g, then of channel g + 8, where
-            zero is the level-1 offset, 0 .. 240 (minus the byte on disk, mod 256)
-    int8    as activations: 8 channels after the other, see below
+with zeros. 4-bit weights: a block is 4 units of 16 channels, each 1024 bytes of codes and, of progressive weights, 32
+bytes of scales, so that any number of units is a piece. In unit w, channel = 8 h + g and input = 64 u + 32 s + 16 c +
+4 t + i:
+    codes   byte 512 u + 16 (4 g + t) + 4 (2 c + h) + i, in the low half for s = 0 and the high one for s = 1: the 16
+            bytes that lane 4 g + t of warp w reads hold the A operands of wgmma m64k32 (and of mma m16n8k32)
+    scales  4 g + 2 h: the bytes s2 and zero of channel 8 h + g, where zero is the level-1 offset, 0 .. 240 (minus the
+            byte on disk, mod 256)
+int8 weights: a block is 8192 bytes, as activations, 8 channels after the other; see below.
 Activations are int8 [K/128, ceil(M/8), 8, 8, 16]: for 128 inputs and 8 tokens, 8 pieces of 16 inputs, and in a piece
 the 16 bytes of each token: the core matrices of wgmma, without a swizzle (PTX ISA, "Shared Memory Matrix Layout").
 Tokens past M are not read into any result. The same addresses on the device: cuda/sm90/gemm_weights.cuh and
@@ -27,12 +28,15 @@ from qoq.recipes.schema import GROUP_SIZE
 PAIR_CHANNELS = 128
 """Blocks of weights lie in pairs of so many channels."""
 _BLOCK_CHANNELS = 64
-_CODE_BYTES = 4096
+_UNITS = 4
+_CODE_BYTES = 1024
+"""Of a unit."""
+_SCALE_BYTES = 32
 _TOKENS = 8
 _PIECE = 16
 # Axes: p and r the pair of blocks and which of the two, b the group of 128 inputs; the rest as above.
 _LOGICAL_CODES = "p r w h g b u s c t i"
-_STORED_CODES = "p b r u w g t c h i s"
+_STORED_CODES = "p b r w u g t c h i s"
 _SIZES = {"r": 2, "w": 4, "h": 2, "g": 8, "u": 2, "s": 2, "c": 2, "t": 4, "i": 4}
 
 
@@ -42,24 +46,26 @@ def tile_weights(packed: Mapping[str, Tensor]) -> Tensor:
     n, k = codes.shape
     pairs, groups = n // PAIR_CHANNELS, k // GROUP_SIZE
     ordered = _reorder(codes, _LOGICAL_CODES, _STORED_CODES, pairs, groups)
-    blocks = (ordered[..., 0] | ordered[..., 1] << 4).reshape(pairs, groups, 2, _CODE_BYTES)
+    units = (ordered[..., 0] | ordered[..., 1] << 4).reshape(pairs, groups, 2, _UNITS, _CODE_BYTES)
     if "s2_scales" not in packed:
-        return blocks.contiguous()
+        return units.reshape(pairs, groups, 2, -1)
     scales = _padded(unpack_s2(packed["s2_scales"]).view(torch.uint8))
     offsets = _padded(unpack_s2(packed["s2_zeros"]).neg().view(torch.uint8))
     both = torch.stack([scales, offsets], dim=-1).view(pairs, 2, 4, 2, 8, groups, 2)  # p r w h g b value
-    return torch.cat([blocks, both.permute(0, 5, 1, 2, 4, 3, 6).reshape(pairs, groups, 2, 128)], dim=-1)
+    scaled = [units, both.permute(0, 5, 1, 2, 4, 3, 6).reshape(pairs, groups, 2, _UNITS, _SCALE_BYTES)]
+    return torch.cat(scaled, dim=-1).view(pairs, groups, 2, -1)
 
 
 def untile_weights(tiles: Tensor, out_features: int) -> dict[str, Tensor]:
     """The inverse of `tile_weights`: qweight and, of progressive weights, s2_scales and s2_zeros."""
     pairs, groups = tiles.shape[:2]
-    codes = tiles[..., :_CODE_BYTES]
+    units = tiles.view(pairs, groups, 2, _UNITS, -1)
+    codes = units[..., :_CODE_BYTES]
     halves = torch.stack([codes & 0xF, codes >> 4], dim=-1)
     logical = _reorder(halves, _STORED_CODES, _LOGICAL_CODES, pairs, groups)
     packed = {"qweight": pack_qweight(logical.reshape(pairs * PAIR_CHANNELS, -1)[:out_features].contiguous())}
-    if tiles.shape[-1] > _CODE_BYTES:
-        both = tiles[..., _CODE_BYTES:].reshape(pairs, groups, 2, 4, 8, 2, 2).permute(6, 0, 2, 3, 5, 4, 1)
+    if units.shape[-1] > _CODE_BYTES:
+        both = units[..., _CODE_BYTES:].reshape(pairs, groups, 2, 4, 8, 2, 2).permute(6, 0, 2, 3, 5, 4, 1)
         scales, offsets = both.reshape(2, pairs * PAIR_CHANNELS, groups)[:, :out_features]
         packed["s2_scales"] = pack_s2(scales.contiguous().view(torch.int8))
         packed["s2_zeros"] = pack_s2(offsets.contiguous().view(torch.int8).neg())

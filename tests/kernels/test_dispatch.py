@@ -18,8 +18,11 @@ from qoq.kernels.gemm_tiles import (
     OUT_FORMATS,
     WEIGHT_FORMATS,
     WORKSPACE_SUMS_PER_SM,
+    DecodeTile,
     GemmTile,
+    HopperTile,
     Sm90Tile,
+    SplitTile,
     shared_bytes_of_sm,
 )
 
@@ -39,6 +42,8 @@ def test_every_shape_is_chosen_for(architecture: str, weights: str, m: int, stri
     specs = {spec for spec, _ in gemm_specs(architecture)}
     for out in OUT_FORMATS:
         assert choice.tile.spec(architecture, weights, out) in specs
+    if isinstance(choice.tile, DecodeTile | SplitTile):
+        return
     share = choice.share(architecture, weights, m, 32 * stripes, 128 * groups, num_sms=132)
     tiles = math.ceil(32 * stripes / choice.tile.block_n) * math.ceil(m / choice.tile.block_m)
     steps = math.ceil(groups / choice.tile.groups)
@@ -103,11 +108,33 @@ def test_what_hoppers_kernel_does_not_know_is_refused() -> None:
         Sm90Tile(128, 1, 4, 4).resident(HOPPER, "int8")
 
 
+def test_tiles_without_a_schedule_fit_or_say_so() -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        DecodeTile(40, 2, 8, 2, 1, 1)
+    with pytest.raises(ValueError, match="ring"):
+        DecodeTile(32, 4, 8, 1, 1, 1)
+    with pytest.raises(ValueError, match="units"):
+        DecodeTile(8, 5, 8, 2, 1, 1)
+    with pytest.raises(ValueError, match="int8"):
+        DecodeTile(8, 2, 8, 2, 1, 1).spec(HOPPER, "int8", "int32")
+    with pytest.raises(ValueError, match="stages"):
+        SplitTile(64, 1, 4, 1, 6, 1)
+    with pytest.raises(ValueError, match="tokens"):
+        SplitTile(256, 1, 1, 1, 4, 1)
+    with pytest.raises(ValueError, match="groups"):
+        SplitTile(64, 4, 1, 1, 4, 1)
+    assert not SplitTile(128, 2, 1, 1, 10, 1).fits(HOPPER, "g128")
+    with pytest.raises(ValueError, match="does not fit"):
+        SplitTile(128, 2, 1, 1, 10, 1).spec(HOPPER, "g128", "float16")
+    with pytest.raises(TypeError, match="one tile"):
+        GemmChoice(DecodeTile(8, 2, 8, 2, 1, 1), False, "").share(HOPPER, "g128", 1, 128, 128, 132)
+
+
 def test_hopper_has_its_own_kernels_and_the_portable_ones() -> None:
-    tiles = {type(choose_gemm(HOPPER, weights, m, 4096, 4096).tile) for weights in WEIGHT_FORMATS for m in (1, 5000)}
-    assert tiles == {Sm90Tile}
+    for weights in WEIGHT_FORMATS:
+        assert all(isinstance(choose_gemm(HOPPER, weights, m, 4096, 4096).tile, HopperTile) for m in (1, 64, 5000))
     sources = {spec.source for spec, _ in gemm_specs("sm_90")}
-    assert sources == {"sm80/gemm.cu", "sm90/gemm.cu"}
+    assert sources == {"sm80/gemm.cu", "sm90/gemm.cu", "sm90/gemm_split.cu", "sm90/gemm_decode.cu"}
     assert {spec.source for spec, _ in gemm_specs("sm_80")} == {"sm80/gemm.cu"}
 
 

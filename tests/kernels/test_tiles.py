@@ -34,9 +34,9 @@ def test_fragments_of_wgmma_are_the_words_that_a_lane_reads(progressive: bool) -
     packed = packed_linear(192, 256, progressive)
     codes, tiles = unpack_qweight(packed["qweight"]), tile_weights(packed)
     assert tiles.shape == (2, 2, 2, weight_block_bytes("g128" if progressive else "per_channel"))
-    sizes = torch.tensor([3, 2, 4, 32, 4, 4])
+    sizes, unit = torch.tensor([3, 2, 4, 32, 4, 4]), 1056 if progressive else 1024
     for block, group, warp, lane, register, step in (torch.randint(0, 1 << 20, (400, 6)) % sizes).tolist():
-        at = 2048 * (step // 2) + 16 * (32 * warp + lane) + 4 * register
+        at = warp * unit + 512 * (step // 2) + 16 * lane + 4 * register
         word = tiles[block // 2, group, block % 2, at : at + 4].to(torch.int32)
         fragment = word >> 4 if step % 2 else word & 15
         row = 64 * block + 16 * warp + lane // 4 + 8 * (register % 2)
@@ -50,7 +50,7 @@ def test_scales_and_offsets_are_those_of_the_lanes_channels() -> None:
     tiles = tile_weights(packed)
     for channel in range(320):
         block, row = channel // 64, channel % 64
-        at = 4096 + 16 * 2 * (row // 16) + 4 * (row % 8) + 2 * (row % 16 // 8)
+        at = 1056 * (row // 16) + 1024 + 4 * (row % 8) + 2 * (row % 16 // 8)
         for group in range(3):
             scale, offset = tiles[block // 2, group, block % 2, at : at + 2].tolist()
             assert scale == int(scales[channel, group])

@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 
     const Output output{act_scales, act_sums, s1_scales, s1_szeros, bias, out, m, n};
     const int thread = threadIdx.x % kGroupThreads, warp = thread / kWarpSize, lane = thread % kWarpSize;
-    const uint32_t my_block = group * kBlock;
+    const uint32_t my_block = group * kBlock, my_unit = my_block + (kFormat == kInt8 ? 0 : warp * kUnitBytes<kFormat>);
     int32_t sums[kSums];
     uint32_t even[16], odd[16];    // fragments of every other stage
     uint32_t last_empty = 0;
@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         barrier_wait(ring.full(), ring.parity);
         if (kFormat == kInt8) return;
         RawWeights raw;
-        raw.load<kFormat>(ring.address() + my_block, warp, lane);
+        raw.load<kFormat>(ring.address() + my_unit, lane);
         decode<kFormat>(a, raw);
     };
     const auto multiply = [&](uint32_t(&a)[16], bool first) {
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         ChannelScales<kFormat> channels;
         [[maybe_unused]] TokenScale tokens[kTokenLoads];
         if (OUT_FORMAT != 2) {
-            channels.load(output, channel + 16 * warp + (lane >> 2));
+            channels.load<8>(output, channel + 16 * warp + (lane >> 2));
 #pragma unroll
             for (int i = 0; i < kTokenLoads; ++i)
                 tokens[i] = load_token<kFormat>(output, token + thread % TOKENS + i * kGroupThreads);

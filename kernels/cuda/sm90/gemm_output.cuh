@@ -29,22 +29,23 @@ struct TokenScale {
 template <int kFormat>
 DEVICE TokenScale load_token(const Output& output, int token) {
     if (token >= output.m) return {0.0f, 0};
-    const float scale = __ldg(output.act_scales + token);
+    const float scale = __ldcg(output.act_scales + token);
     if (kFormat == kInt8) return {scale, 0};
-    const int32_t sum = __ldg(output.act_sums + token);
+    const int32_t sum = __ldcg(output.act_sums + token);
     if (kFormat == kProgressive) return {scale, static_cast<uint32_t>(128 * sum)};
     return {scale, __float_as_uint(__fmul_rn(scale, __int2float_rn(sum)))};
 }
 
-// Of the two channels of a lane.
+// Of two channels, kDistance apart.
 template <int kFormat>
 struct ChannelScales {
     float scales[2], zeros[2], biases[2];
 
+    template <int kDistance>
     DEVICE void load(const Output& output, int channel) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int c = min(channel + 8 * h, output.n - 1);
+            const int c = min(channel + kDistance * h, output.n - 1);
             scales[h] = Float16::value(__ldg(output.s1_scales + c));
             if (kFormat == kPerChannel) zeros[h] = Float16::value(__ldg(output.s1_szeros + c));
             if (output.bias) biases[h] = Float16::value(__ldg(output.bias + c));
@@ -148,7 +149,7 @@ DEVICE void store_sums(const int32_t (&sums)[kTokens / 2], const Output& output,
     for (int i = 0; i < kTokens / 2; ++i) {
         const int to = first_token + (i >> 2) * 8 + (i & 1), c = first_channel + (i >> 1 & 1) * 8;
         if (to >= output.m || c >= output.n) continue;
-        const int32_t correction = kFormat == kProgressive ? 128 * __ldg(output.act_sums + to) : 0;
+        const int32_t correction = kFormat == kProgressive ? 128 * __ldcg(output.act_sums + to) : 0;
         static_cast<int32_t*>(output.out)[static_cast<int64_t>(to) * output.n + c] = sums[i] - correction;
     }
 }

@@ -1,23 +1,21 @@
 // From packed weights in shared memory to the A operand of wgmma, or of mma.sync, whose fragments are the same.
 //
-// A block of weights is 64 channels by 128 inputs, in the order of weight_tiles.py: a lane takes its codes by 16 bytes,
-// and every word holds the fragments of the same register for two steps of 32 inputs, one in the low and one in the high
-// halves of its bytes.
+// A block of weights is 64 channels by 128 inputs, four units of 16 channels in the order of kernels/tiles.py: a lane
+// takes its codes by 16 bytes, and every word holds the fragments of the same register for two steps of 32 inputs, one in
+// the low and one in the high halves of its bytes.
 #pragma once
+#include "common/mma.cuh"
 #include "common/types.cuh"
 
 constexpr int kProgressive = 0, kPerChannel = 1, kInt8 = 2;
-constexpr int kBlockChannels = 64, kBlockInputs = 128;
+constexpr int kUnitChannels = 16, kBlockChannels = 64, kBlockInputs = 128;
 
-// Bytes of a block: its codes and, for progressive weights, a scale and a zero for each channel.
+// Bytes of a unit of 4-bit weights: its codes and, for progressive weights, a scale and a zero for each channel.
 template <int kFormat>
-constexpr int kBlockBytes = kFormat == kInt8 ? 8192 : kFormat == kProgressive ? 4096 + 128 : 4096;
+constexpr int kUnitBytes = kFormat == kProgressive ? 1024 + 32 : 1024;
 
-DEVICE uint4 load_shared_16(uint32_t at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
+template <int kFormat>
+constexpr int kBlockBytes = kFormat == kInt8 ? 8192 : kBlockChannels / kUnitChannels * kUnitBytes<kFormat>;
 
 DEVICE uint32_t load_shared_4(uint32_t at) {
     uint32_t v;
@@ -25,17 +23,16 @@ DEVICE uint32_t load_shared_4(uint32_t at) {
     return v;
 }
 
-// What a lane reads of a block: codes of its two channels, g and g + 8 of its warp's 16, and their scales and zeros.
+// What a lane reads of a unit: codes of its two channels, g and g + 8, and their scales and zeros.
 struct RawWeights {
     uint4 codes[2];     // inputs 0-63, 64-127
     uint32_t scales;    // bytes: s2 and zero of channel g, s2 and zero of channel g + 8
 
     template <int kFormat>
-    DEVICE void load(uint32_t block, int warp, int lane) {
-        const uint32_t at = block + (warp * kWarpSize + lane) * 16;
-        if (kFormat == kProgressive) scales = load_shared_4(block + 4096 + (warp * 8 + (lane >> 2)) * 4);
-        codes[0] = load_shared_16(at);
-        codes[1] = load_shared_16(at + 2048);
+    DEVICE void load(uint32_t unit, int lane) {
+        if (kFormat == kProgressive) scales = load_shared_4(unit + 1024 + (lane >> 2) * 4);
+        codes[0] = load_shared_16(unit + lane * 16);
+        codes[1] = load_shared_16(unit + 512 + lane * 16);
     }
 };
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qoq.kernels.dispatch import GemmChoice, gemm_table, gemm_tile
 from qoq.kernels.gemm_sm90 import run_gemm_sm90
-from qoq.kernels.gemm_tiles import HOPPER, Sm90Tile, WeightFormat
+from qoq.kernels.gemm_tiles import HOPPER, DecodeTile, Sm90Tile, SplitTile, WeightFormat
 from qoq.kernels.launch import is_hopper, num_sms
 from qoq.kernels.modules import QoQLinear
 from qoq.kernels.tiles import tile_activations, tile_weights
@@ -18,7 +18,10 @@ pytestmark = pytest.mark.gpu
 FORMATS: tuple[WeightFormat, ...] = ("g128", "per_channel", "int8")
 ODD_SHAPES = [(1, 32, 128), (3, 96, 256), (17, 160, 384), (33, 576, 640), (70, 192, 640), (130, 352, 1024)]
 DTYPES = (torch.float16, torch.bfloat16)
-TILES = sorted(name for name in gemm_table()["tiles"] if isinstance(gemm_tile(name), Sm90Tile))
+TILES = {name: gemm_tile(name) for name in gemm_table()["tiles"]}
+SCHEDULED = sorted(name for name, tile in TILES.items() if isinstance(tile, Sm90Tile))
+SINGLE = sorted(name for name, tile in TILES.items() if isinstance(tile, DecodeTile | SplitTile))
+EVERY = [(name, stream) for name in SCHEDULED for stream in (True, False)] + [(name, False) for name in SINGLE]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +44,7 @@ def test_small_outputs_are_exact(weights, dtype) -> None:
     assert_same(run_on_hopper(case, dtype), case.out(dtype))
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "tiles"])
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("tile", "stream"), EVERY)
 def test_small_of_every_tile(tile, stream) -> None:
     """Shared: so little work that every block has one step of a tile."""
     case = Case("g128", 21, 96, 640, seed=7)
@@ -51,9 +53,10 @@ def test_small_of_every_tile(tile, stream) -> None:
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "tiles"])
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("tile", "stream"), EVERY)
 def test_every_tile_is_exact(weights, tile, stream) -> None:
+    if isinstance(TILES[tile], DecodeTile) and weights == "int8":
+        pytest.skip("the kernel takes 4-bit weights")
     choice = GemmChoice(gemm_tile(tile), stream, "test")
     for seed, shape in enumerate([*ODD_SHAPES, (300, 1056, 896), (5, 64, 8192)]):
         case = Case(weights, *shape, seed=seed, bias=seed % 2 == 0)
@@ -62,7 +65,7 @@ def test_every_tile_is_exact(weights, tile, stream) -> None:
         assert_same(run_on_hopper(case, dtype, choice), case.out(dtype))
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", SCHEDULED)
 def test_whole_tiles_and_then_shared_ones_are_exact(tile) -> None:
     """More tiles than blocks run at once, and not a multiple of these."""
     case = Case("g128", 1100, 8192, 256, seed=8, bias=False)
@@ -106,8 +109,10 @@ def test_chained_graphs_replay_the_same_bits() -> None:
 
     import qoq.kernels.ops  # noqa: F401
 
-    for stream in (True, False):
-        choice = GemmChoice(Sm90Tile(32, 2, 8, 2), stream, "test")
+    kernels = [(Sm90Tile(32, 2, 8, 2), True), (Sm90Tile(32, 2, 8, 2), False), (SplitTile(32, 1, 4, 2, 8, 1), False),
+               (DecodeTile(24, 2, 8, 4, 1, 1), False), (DecodeTile(8, 4, 8, 2, 2, 1), False)]  # fmt: skip
+    for tile, stream in kernels:
+        choice = GemmChoice(tile, stream, "test")
         first = chain(choice).clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
