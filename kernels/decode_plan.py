@@ -18,6 +18,8 @@ COLUMNS = (4, 8)
 _WARPS = (12, 8, 6, 4)
 _STAGES = (2, 4)
 """Sub-blocks in a warp's ring, at least and at most; with more in flight, the first one arrives later."""
+_HOPPER_RINGS = {(64, 4): (12, 4), (64, 8): (12, 2), (128, 4): (12, 2), (128, 8): (10, 2)}
+"""Warps and stages by head_dim and bits: some 100 KB in flight, more for KV8 of 128 dimensions."""
 _RESERVED_BYTES = 1024 + 4096
 """Shared memory that the driver takes of each block, and the most that the kernel declares itself."""
 
@@ -67,6 +69,26 @@ def decode_spec(arch: str, head_dim: int, bits: int, columns: int, dtype: torch.
     shared = warps * (stages * block + first_pieces)
     return KernelSpec(
         "sm80/decode_attention.cu", "qoq_decode_attention_sm80", tuple(defines.items()), 32 * warps, shared
+    )
+
+
+def hopper_decode_spec(
+    head_dim: int, bits: int, columns: int, dtype: torch.dtype, ring: tuple[int, int] | None = None
+) -> KernelSpec:
+    """Hopper's kernel for `columns` (4 or 8) queries a pass; `ring`: warps and stages, for tuning."""
+    block = block_bytes(head_dim, bits)
+    warps, stages = ring or _HOPPER_RINGS[head_dim, bits]
+    defines = {
+        "HEAD_DIM": head_dim,
+        "BITS": bits,
+        "QUERIES": columns,
+        "FORMAT": FORMATS.index(dtype),
+        "WARPS": warps,
+        "STAGES": stages,
+    }
+    shared = warps * (stages * block + 4 * columns * head_dim)
+    return KernelSpec(
+        "sm90/decode_attention.cu", "qoq_decode_attention_sm90", tuple(defines.items()), 32 * warps, shared
     )
 
 

@@ -24,3 +24,11 @@ DEVICE int32_t load_acquire(const int32_t* from) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
+
+// Adds to a number and returns what it was. What the threads of the warp wrote before a __syncwarp() comes before it,
+// and what they access after one comes after all that the earlier additions followed.
+DEVICE int32_t add_acquire_release(int32_t* to, int32_t x) {
+    int32_t v;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(v) : "l"(to), "r"(x) : "memory");
+    return v;
+}

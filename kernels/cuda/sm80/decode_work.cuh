@@ -51,7 +51,7 @@ struct WorkList {
     // Every thread counts the units of so many consecutive sequences.
     DEVICE int sequences_of_thread() const { return (sequences + kThreads - 1) / kThreads; }
 
-    DEVICE int length(int sequence) const { return max(0, min(__ldg(kv_lens + sequence), max_tokens)); }
+    DEVICE int length(int sequence) const { return max(0, min(kv_lens[sequence], max_tokens)); }
     DEVICE int first_token(int length) const { return window > 0 ? max(0, length - window) : 0; }
     DEVICE int first_block(int length) const { return first_token(length) / kBlockTokens; }
     DEVICE int blocks(int length) const {

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, quantize_kv
 from qoq.kernels import extend_batch, extend_plan
-from qoq.kernels.attention import run_decode
+from qoq.kernels.attention import DecodeOptions, run_decode
 from qoq.kernels.attention_oracles import decode_attention_oracle, extend_attention_oracle
 from qoq.kernels.extend import extend_attention, run_extend
 from qoq.kernels.extend_batch import prepare_extend
+from qoq.kernels.launch import is_hopper
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +78,9 @@ class Cache:
     def query(self, rows: int, heads: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(rows, heads, self.head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    def decode(self, query: Tensor, window: int = 0, blocks: int | None = None) -> Tensor:
+    def decode(
+        self, query: Tensor, window: int = 0, options: DecodeOptions | None = None, fresh_tokens: int | None = None
+    ) -> Tensor:
         """Into poisoned memory, which has two rows more that must stay as they are."""
         rows, heads, head_dim = query.shape
         out = torch.empty(rows + 2, heads, head_dim, dtype=query.dtype, device="cuda")
@@ -92,20 +95,28 @@ class Cache:
             self.bits,
             window,
             out=out[1:-1],
-            blocks=blocks,
+            fresh_tokens=fresh_tokens,
+            options=options,
         )
         assert bool((out[[0, -1]].view(torch.uint8) == 0x7F).all())
         return out[1:-1].cpu()
 
     def check(self, query: Tensor, window: int = 0, blocks: int | None = None) -> None:
-        found = self.decode(query, window, blocks)
+        """What runs on this GPU, and the portable kernel where that is another; early starts give the same bits."""
         lens = torch.tensor(self.lens)
         expected = decode_attention_oracle(
             query.cuda(), self.pages.cuda(), self.table.cuda(), lens, self.head_dim**-0.5, self.bits, window
         ).cpu()
-        assert not found[lens == 0].any()
-        for i in range(len(self.lens)):
-            check_close(found[i], expected[i], TOLERANCES[query.dtype], f"sequence {i}, {self.lens[i]} tokens")
+        kernels = (False, True) if is_hopper(torch.cuda.current_device()) else (True,)
+        for portable in kernels:
+            found = self.decode(query, window, DecodeOptions(blocks=blocks, portable=portable))
+            assert not found[lens == 0].any()
+            for i, length in enumerate(self.lens):
+                what = f"sequence {i}, {length} tokens, {'portable' if portable else 'own'} kernel"
+                check_close(found[i], expected[i], TOLERANCES[query.dtype], what)
+            for fresh in (0, 1, 40):
+                same = self.decode(query, window, DecodeOptions(blocks=blocks, portable=portable), fresh)
+                assert torch.equal(same, found)
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
