@@ -24,9 +24,9 @@ from torch import Tensor
 
 from qoq.kernels.compiler import KernelSpec
 from qoq.kernels.decode_plan import COLUMNS, FORMATS, DecodeShape, combine_spec, decode_spec, hopper_decode_spec
-from qoq.kernels.gemm import workspace
 from qoq.kernels.launch import architecture, is_hopper, load_kernel, num_sms
 from qoq.kernels.layouts import BLOCK_TOKENS, HEAD_DIMS, KV_BITS, PAGE_SIZE, check_page_shape, page_bytes
+from qoq.kernels.workspace import StreamMemory
 
 _INT_MAX = 2**31 - 1
 
@@ -126,32 +126,81 @@ def run_decode(
     if shape.sequences == 0:
         return out
     options = options or DecodeOptions()
+    with torch.cuda.device(query.device):
+        if is_hopper(query.device.index) and not options.portable:
+            fresh = -1 if fresh_tokens is None else fresh_tokens
+            _run_hopper(query, kv_pages, page_table, kv_lens, out, scale, bits, window, fresh, shape, options)
+        else:
+            _run_portable(query, kv_pages, page_table, kv_lens, out, scale, bits, window, shape, options)
+    return out
+
+
+def _run_hopper(
+    query: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    bits: int,
+    window: int,
+    fresh_tokens: int,
+    shape: DecodeShape,
+    options: DecodeOptions,
+) -> None:
+    device = query.device.index
+    blocks = options.blocks or num_sms(device)
+    slots = _slots.of(device) if blocks <= num_sms(device) else _make_slots(device, blocks)
+    stats = slots[blocks * shape.columns * shape.head_dim :]
+    kernel = load_kernel(hopper_decode_spec(shape.head_dim, bits, shape.columns, query.dtype, options.ring), device)
+    tensors = (query, kv_pages, page_table, kv_lens, out, slots, stats)
+    sizes = _sizes(query, kv_pages, page_table, window, shape)
+    kernel.launch((blocks, 1, 1), (*tensors, *sizes, fresh_tokens, float(scale)), overlapping=options.overlapping)
+
+
+def _run_portable(
+    query: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    bits: int,
+    window: int,
+    shape: DecodeShape,
+    options: DecodeOptions,
+) -> None:
     device = query.device.index
     blocks = options.blocks or num_sms(device)
     sums = blocks * 2 * shape.columns * shape.head_dim
-    partials = query.new_empty(sums + 4 * blocks + blocks * 2 * shape.columns * 2, dtype=torch.float32)
-    partial_sums, tails, partial_stats = partials, partials[sums:], partials[sums + 4 * blocks :]
-    heads = (shape.kv_heads, shape.queries_of_kv, shape.passes, shape.queries_of_pass)
-    tensors = (query, kv_pages, page_table, kv_lens, out, partial_sums, partial_stats)
-    sizes = (shape.sequences, page_table.shape[1], kv_pages.shape[0], *heads, query.stride(0), window)
-    case = (shape.head_dim, bits, shape.columns, query.dtype)
-    with torch.cuda.device(device):
-        if is_hopper(device) and not options.portable:
-            counters, _ = workspace(device)
-            if counters.numel() < blocks * shape.columns:
-                raise ValueError(f"blocks: there are counters for {counters.numel() // shape.columns}, got {blocks}")
-            fresh = -1 if fresh_tokens is None else fresh_tokens
-            kernel = load_kernel(hopper_decode_spec(*case, options.ring), device)
-            arguments = (*tensors, counters, *sizes, fresh, float(scale))
-            kernel.launch((blocks, 1, 1), arguments, overlapping=options.overlapping)
-        else:
-            decode = load_kernel(decode_spec(architecture(device), *case), device)
-            combine = load_kernel(combine_spec(shape.head_dim, query.dtype), device)
-            decode.launch((blocks, 1, 1), (*tensors, tails, *sizes, float(scale)))
-            combine.launch(
-                (blocks, shape.queries_of_pass, 1), (partial_sums, partial_stats, tails, out, shape.columns, *heads)
-            )
-    return out
+    workspace = query.new_empty(sums + 4 * blocks + blocks * 2 * shape.columns * 2, dtype=torch.float32)
+    partial_sums, tails, partial_stats = workspace, workspace[sums:], workspace[sums + 4 * blocks :]
+    decode = load_kernel(decode_spec(architecture(device), shape.head_dim, bits, shape.columns, query.dtype), device)
+    combine = load_kernel(combine_spec(shape.head_dim, query.dtype), device)
+    tensors = (query, kv_pages, page_table, kv_lens, out, partial_sums, partial_stats, tails)
+    decode.launch((blocks, 1, 1), (*tensors, *_sizes(query, kv_pages, page_table, window, shape), float(scale)))
+    combine.launch(
+        (blocks, shape.queries_of_pass, 1),
+        (partial_sums, partial_stats, tails, out, shape.columns, *_head_sizes(shape)),
+    )
+
+
+def _sizes(query: Tensor, kv_pages: Tensor, page_table: Tensor, window: int, shape: DecodeShape) -> tuple[int, ...]:
+    pages = (page_table.shape[1], kv_pages.shape[0])
+    return (shape.sequences, *pages, *_head_sizes(shape), query.stride(0), window)
+
+
+def _head_sizes(shape: DecodeShape) -> tuple[int, int, int, int]:
+    return shape.kv_heads, shape.queries_of_kv, shape.passes, shape.queries_of_pass
+
+
+def _make_slots(device: int, blocks: int | None = None) -> Tensor:
+    """For what blocks of Hopper's kernel leave each other: all bits set where nothing is."""
+    size = (blocks or num_sms(device)) * COLUMNS[-1] * (HEAD_DIMS[-1] + 2)
+    return torch.full((size,), -1, dtype=torch.int32, device=f"cuda:{device}")
+
+
+_slots = StreamMemory(_make_slots)
 
 
 def check_decode_operands(

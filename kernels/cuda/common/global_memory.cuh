@@ -25,10 +25,27 @@ DEVICE int32_t load_acquire(const int32_t* from) {
     return v;
 }
 
-// Adds to a number and returns what it was. What the threads of the warp wrote before a __syncwarp() comes before it,
-// and what they access after one comes after all that the earlier additions followed.
-DEVICE int32_t add_acquire_release(int32_t* to, int32_t x) {
-    int32_t v;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(v) : "l"(to), "r"(x) : "memory");
-    return v;
+// Accesses in no order with others, past the L1 cache; each word is whole. Addresses are multiples of the size.
+DEVICE void store_relaxed(void* to, const uint32_t (&words)[2]) {
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+}
+
+DEVICE void store_relaxed(void* to, const uint32_t (&words)[4]) {
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+DEVICE void load_relaxed(const void* from, uint32_t (&words)[2]) {
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0,%1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(from)
+                 : "memory");
+}
+
+DEVICE void load_relaxed(const void* from, uint32_t (&words)[4]) {
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(from)
+                 : "memory");
 }

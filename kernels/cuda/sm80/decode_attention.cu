@@ -9,15 +9,15 @@
 
 struct CopyRing {
     const uint8_t* kv_pages;
-    const Work& work;
     Places& places;
     uint32_t slots;
     int stage;
 
+    template <bool kFirst>
     DEVICE void fill(int slot) {
         if (!places.is_done()) {
             const int lane = threadIdx.x % kWarpSize;
-            const int64_t place = places.next(work);
+            const int64_t place = kFirst ? places.next_of_first() : places.next();
             const uint8_t* from = kv_pages + place * Page::kBlockBytes + lane * Page::kPieceBytes;
             const uint32_t to = slots + slot * Page::kBlockBytes + lane * Page::kPieceBytes;
 #pragma unroll
@@ -36,7 +36,7 @@ struct CopyRing {
     }
 
     DEVICE void refill() {
-        fill(stage);
+        fill<false>(stage);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 };
@@ -63,37 +63,38 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const Run of_block = Run{0, total}.part(gridDim.x, blockIdx.x), of_warp = of_block.part(WARPS, warp);
     if (lane < 2) shared.pieces[2 * warp + lane].x = -1;
 
-    Places places{page_table, max_pages, num_pages, kv_heads, passes, of_warp};
-    places.begin(work, 0);
-    CopyRing ring{kv_pages, work, places, shared_address(dynamic_shared + warp * kRingBytes), 0};
-    for (int stage = 0; stage < STAGES; ++stage) ring.fill(stage);
-    places.look_ahead(work);
+    Places places{work, page_table, max_pages, num_pages, kv_heads, passes, of_warp};
+    int settled;
+    const Segment first = places.begin(0, settled);
+    CopyRing ring{kv_pages, places, shared_address(dynamic_shared + warp * kRingBytes), 0};
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES; ++stage) ring.fill<true>(stage);
+    rows.clear_empty(work);
 
     const auto last_sums = [&](int w) { return reinterpret_cast<float*>(dynamic_shared + w * kRingBytes); };
-    attend(ring, work, rows, of_warp, shared, first_pieces + warp * kPieceFloats, last_sums(warp),
-           softmax_scale * 1.44269504f);  // to exponents of 2
+    if (of_warp.count() > 0)
+        attend(ring, work, rows, of_warp, first, rows.load(first), shared, first_pieces + warp * kPieceFloats,
+               last_sums(warp), softmax_scale * 1.44269504f);  // to exponents of 2
+    if (threadIdx.x == 0) tails[blockIdx.x] = make_int4(-1, 0, 0, 0);
     __syncthreads();
-
-    const auto is_begun = [&](const Segment& segment) { return segment.begin < of_block.first; };
-    const auto goes_on = [&](const Segment& segment) { return segment.end > of_block.end; };
-    const Segment last = join_pieces(
+    join_pieces(
         shared, heads,
         [&](int piece) { return piece % 2 ? last_sums(piece / 2) : first_pieces + piece / 2 * kPieceFloats; },
-        [&](const Segment& segment, int i, float top, float sum, const float (&values)[kDimsOfLane]) {
-            if (is_begun(segment) || goes_on(segment)) {
-                const int row = (2 * blockIdx.x + (is_begun(segment) ? 0 : 1)) * QUERIES + i;
+        [&](const Segment& segment, int i, const Joined& joined) {
+            const bool is_begun = segment.begin < of_block.first, goes_on = segment.end > of_block.end;
+            if (!is_begun && !goes_on) {
+                rows.finish(segment, i, joined.values, joined.sum);
+                return;
+            }
+            const int row = (2 * blockIdx.x + (is_begun ? 0 : 1)) * QUERIES + i;
 #pragma unroll
-                for (int j = 0; j < kDimsOfLane; ++j)
-                    partial_sums[row * HEAD_DIM + kDimsOfLane * lane + j] = values[j];
-                if (lane == 0) partial_stats[row] = make_float2(top, sum);
-            } else {
-                rows.finish(segment, i, values, sum);
+            for (int j = 0; j < kDimsOfLane; ++j)
+                partial_sums[row * HEAD_DIM + kDimsOfLane * lane + j] = joined.values[j];
+            if (lane != 0) return;
+            partial_stats[row] = make_float2(joined.top, joined.sum);
+            if (!is_begun && i == 0) {
+                const int parts_after = part_of(segment.end - 1, total, gridDim.x) - static_cast<int>(blockIdx.x);
+                tails[blockIdx.x] = make_int4(parts_after, segment.sequence, segment.group, 0);
             }
         });
-    if (threadIdx.x == 0) {
-        const bool is_tail = last.begin >= of_block.first && goes_on(last);
-        const int parts_after = is_tail ? part_of(last.end - 1, total, gridDim.x) - static_cast<int>(blockIdx.x) : -1;
-        tails[blockIdx.x] = make_int4(parts_after, last.sequence, last.group, 0);
-    }
-    rows.clear_empty(work);
 }

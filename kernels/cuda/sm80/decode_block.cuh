@@ -82,9 +82,11 @@ struct Rows {
 
     // Zeros for sequences of no tokens; all threads of all blocks call.
     DEVICE void clear_empty(const Work& work) const {
+#pragma unroll 1
         for (int sequence = blockIdx.x; sequence < work.sequences; sequence += gridDim.x) {
             if (work.length(sequence) > 0) continue;
             uint4* const to = reinterpret_cast<uint4*>(output + static_cast<int64_t>(sequence) * heads.heads() * HEAD_DIM);
+#pragma unroll 1
             for (int i = threadIdx.x; i < heads.heads() * HEAD_DIM / 8; i += kThreads) to[i] = make_uint4(0, 0, 0, 0);
         }
     }
@@ -104,45 +106,60 @@ struct Run {
 // Where the sub-blocks of a warp's run lie, numbered as in kv_pages. Lane i knows it of unit i of 32; what was read of
 // the page table for the next 32 is not looked at before they come.
 struct Places {
+    const Work& work;
     const int* page_table;
     int max_pages, num_pages, kv_heads, passes;
     Run run;
     int taken, near, far_page, far_rest;
 
-    DEVICE bool is_done() const { return taken == run.count(); }
-
-    // Read where the first 32 are. Returns how many of the first ones have none of the last `fresh` tokens of
-    // their sequences.
-    DEVICE int begin(const Work& work, int fresh) {
+    // Read where the first ones are. Gives the segment of the first, and how many of the first ones have none of the
+    // last `fresh` tokens of their sequences.
+    DEVICE Segment begin(int fresh, int& settled) {
         const int lane = threadIdx.x % kWarpSize;
+        Segment segment{};
+        int after = 0;
         taken = 0;
-        const int after = read(work, lane);
-        near = far_place();
+        far_rest = -1;
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {  // one copy of the code, which is cold
+            near = far_place();
+            const Segment found = read(half * kWarpSize + lane);
+            if (half == 0) segment = found, after = found.length - (block_in(found, lane) + 1) * kBlockTokens;
+        }
         const uint32_t unsettled = __ballot_sync(kFullMask, max(after, 0) < fresh);
-        return unsettled ? __ffs(unsettled) - 1 : kWarpSize;
+        settled = unsettled ? __ffs(unsettled) - 1 : kWarpSize;
+        return {__shfl_sync(kFullMask, segment.sequence, 0),    __shfl_sync(kFullMask, segment.group, 0),
+                __shfl_sync(kFullMask, segment.length, 0),      __shfl_sync(kFullMask, segment.first_block, 0),
+                __shfl_sync(kFullMask, segment.begin, 0),       __shfl_sync(kFullMask, segment.end, 0)};
     }
 
-    DEVICE void look_ahead(const Work& work) { read(work, taken / kWarpSize * kWarpSize + kWarpSize + threadIdx.x % kWarpSize); }
+    DEVICE bool is_done() const { return taken == run.count(); }
 
-    DEVICE int next(const Work& work) {
+    // The next of the first ones, fewer than 32.
+    DEVICE int next_of_first() { return __shfl_sync(kFullMask, near, taken++); }
+
+    DEVICE int next() {
         const int place = __shfl_sync(kFullMask, near, taken % kWarpSize);
         if (++taken % kWarpSize == 0) {
             near = far_place();
-            look_ahead(work);
+            read(taken + kWarpSize + threadIdx.x % kWarpSize);
         }
         return place;
     }
 
   private:
-    // Returns the tokens of the sequence after those of the unit; that is negative where it has room for more.
-    DEVICE int read(const Work& work, int index) {
+    DEVICE int block_in(const Segment& segment, int index) const {
+        return segment.first_block + run.first + index - segment.begin;
+    }
+
+    DEVICE Segment read(int index) {
         far_rest = -1;
-        if (index >= run.count()) return 0;
+        if (index >= run.count()) return {};
         const Segment segment = work.locate(run.first + index);
-        const int block = segment.first_block + run.first + index - segment.begin;
+        const int block = block_in(segment, index);
         far_page = page_table[static_cast<int64_t>(segment.sequence) * max_pages + block / 2];
         far_rest = segment.group / passes * 2 + block % 2;
-        return segment.length - (block + 1) * kBlockTokens;
+        return segment;
     }
 
     DEVICE int far_place() const {
@@ -152,17 +169,14 @@ struct Places {
     }
 };
 
-// Attend to a warp's run. `ring.wait()` gives the address of the next sub-block in shared memory once it is there, and
+// Attend to a warp's run, which is not empty, from `segment` and its query on. `ring.wait()` gives the address of the next sub-block in shared memory once it is there, and
 // `ring.refill()` is called when all lanes have read it. Pieces of segments go to `shared`, with their sums in
 // `first_sums` for the first of the run and in `last_sums` for the last, when nothing is in the ring any more.
 template <class Ring>
-DEVICE void attend(Ring& ring, const Work& work, const Rows& rows, const Run& run, SharedState& shared,
-                   float* first_sums, float* last_sums, float softmax_scale) {
+DEVICE void attend(Ring& ring, const Work& work, const Rows& rows, const Run& run, Segment segment, RawQuery raw,
+                   SharedState& shared, float* first_sums, float* last_sums, float softmax_scale) {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, t = lane % 4;
-    if (run.count() == 0) return;
     int unit = run.first;
-    Segment segment = work.locate(unit);
-    RawQuery raw = rows.load(segment);
     while (true) {
         const Query prepared = prepare(raw, softmax_scale);
         Attention attention;
@@ -206,10 +220,39 @@ DEVICE void attend(Ring& ring, const Work& work, const Rows& rows, const Run& ru
     }
 }
 
+// The sum of parts of a query's output, a warp's: each lane has kDimsOfLane dimensions. Parts are added in order.
+struct Joined {
+    float top, sum, values[kDimsOfLane];
+
+    DEVICE Joined() : top(-kInfinity), sum(0.0f), values{} {}
+
+    // {top, sum} of each part and its values; parts that are not there have {-infinity, 0}, and values that are numbers
+    // if those of the others are.
+    template <int kParts>
+    DEVICE void add(const float2 (&stats)[kParts], const float (&parts)[kParts][kDimsOfLane]) {
+        float raised = top;
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) raised = fmaxf(raised, stats[k].x);
+        const float before = power_of_2(top - raised);
+        top = raised, sum *= before;
+#pragma unroll
+        for (int j = 0; j < kDimsOfLane; ++j) values[j] *= before;
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) {
+            const float weight = power_of_2(stats[k].x - top);
+            sum = fmaf(weight, stats[k].y, sum);
+#pragma unroll
+            for (int j = 0; j < kDimsOfLane; ++j) values[j] = fmaf(weight, parts[k][j], values[j]);
+        }
+    }
+};
+
 // Join the pieces of each segment, which `sums_of(piece)` has. A warp has each query of a segment in turn and calls
-// `finish(segment, i, top, sum, values)`; of the segment, sequence and group, begin and end are known. Returns the last.
+// `finish(segment, i, joined)`; of the segment, sequence and group, begin and end are known. The last segment comes
+// first: other blocks may wait for it, and this one for them with the first.
 template <class SumsOf, class Finish>
-DEVICE Segment join_pieces(const SharedState& shared, const HeadShape& heads, SumsOf&& sums_of, Finish&& finish) {
+DEVICE void join_pieces(const SharedState& shared, const HeadShape& heads, SumsOf&& sums_of, Finish&& finish) {
+    constexpr int kAtOnce = 4;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     // Lane i of every warp looks after piece i; a segment's pieces are neighbours, and the first of them leads.
     const int4 piece = lane < kPieces ? shared.pieces[lane] : make_int4(-1, 0, 0, 0);
@@ -217,34 +260,36 @@ DEVICE Segment join_pieces(const SharedState& shared, const HeadShape& heads, Su
     const int previous = __shfl_sync(kFullMask, piece.x, earlier ? 31 - __clz(earlier) : lane);
     const bool leads = piece.x >= 0 && (earlier == 0 || previous != piece.x);
     int turn = 0;
-    Segment segment{};
-    segment.begin = -1;
-    for (uint32_t left = __ballot_sync(kFullMask, leads); left != 0; left &= left - 1) {
-        const int leader = __ffs(left) - 1;
-        segment.begin = __shfl_sync(kFullMask, piece.x, leader);
-        segment.end = __shfl_sync(kFullMask, piece.y, leader);
-        segment.sequence = __shfl_sync(kFullMask, piece.z, leader);
-        segment.group = __shfl_sync(kFullMask, piece.w, leader);
-        const bool is_member = piece.x == segment.begin;
-        const uint32_t members = __ballot_sync(kFullMask, is_member);
-        for (int i = 0; i < heads.queries(segment.group); ++i, turn = turn + 1 == WARPS ? 0 : turn + 1) {
-            if (turn != warp) continue;
-            const float2 stats = is_member ? shared.stats[lane][i] : make_float2(-kInfinity, 0.0f);
-            float top = stats.x;
+    uint32_t pieces_left = present;
+#pragma unroll 1
+    for (uint32_t left = __ballot_sync(kFullMask, leads); left != 0;) {
+        const int leader = 31 - __clz(left);
+        const uint32_t members = pieces_left & ~((1u << leader) - 1);
+        left &= (1u << leader) - 1;
+        pieces_left &= (1u << leader) - 1;
+        const Segment segment{__shfl_sync(kFullMask, piece.z, leader), __shfl_sync(kFullMask, piece.w, leader), 0, 0,
+                              __shfl_sync(kFullMask, piece.x, leader), __shfl_sync(kFullMask, piece.y, leader)};
+        const int queries = heads.queries(segment.group);
+#pragma unroll 1
+        for (int i = (warp - turn + WARPS) % WARPS; i < queries; i += WARPS) {
+            Joined joined;
+#pragma unroll 1
+            for (uint32_t rest = members; rest != 0;) {
+                float2 stats[kAtOnce];
+                float parts[kAtOnce][kDimsOfLane];
 #pragma unroll
-            for (int lanes = 1; lanes < kWarpSize; lanes *= 2)
-                top = fmaxf(top, __shfl_xor_sync(kFullMask, top, lanes));
-            const float weight = is_member ? power_of_2(stats.x - top) : 0.0f, sum = warp_sum(weight * stats.y);
-            float values[kDimsOfLane] = {};
-            for (uint32_t rest = members; rest != 0; rest &= rest - 1) {
-                const int member = __ffs(rest) - 1;
-                const float of_member = __shfl_sync(kFullMask, weight, member);
-                const float* sums = sums_of(member) + i * HEAD_DIM + kDimsOfLane * lane;
+                for (int k = 0; k < kAtOnce; ++k) {
+                    const int member = rest ? __ffs(rest) - 1 : leader;
+                    const float* sums = sums_of(member) + i * HEAD_DIM + kDimsOfLane * lane;
+                    stats[k] = rest ? shared.stats[member][i] : make_float2(-kInfinity, 0.0f);
 #pragma unroll
-                for (int j = 0; j < kDimsOfLane; ++j) values[j] = fmaf(of_member, sums[j], values[j]);
+                    for (int j = 0; j < kDimsOfLane; ++j) parts[k][j] = sums[j];
+                    rest &= rest - 1;
+                }
+                joined.add(stats, parts);
             }
-            finish(segment, i, top, sum, values);
+            finish(segment, i, joined);
         }
+        turn = (turn + queries) % WARPS;
     }
-    return segment;
 }

@@ -75,7 +75,8 @@ struct WorkList {
         }
         if (lane == kWarpSize - 1) warp_totals[warp] = up_to;
         __syncthreads();
-        for (int i = 0; i < warp; ++i) up_to += warp_totals[i];
+#pragma unroll
+        for (int i = 0; i < kThreads / kWarpSize; ++i) up_to += i < warp ? warp_totals[i] : 0;
         shared_starts[threadIdx.x] = up_to - mine;
         if (threadIdx.x == kThreads - 1) shared_starts[kThreads] = up_to;
         __syncthreads();
@@ -86,6 +87,7 @@ struct WorkList {
     // The segment that `unit`, less than the number of all units, is in.
     DEVICE Segment locate(int unit) const {
         int low = 0, high = kThreads;  // starts[low] <= unit < starts[high]
+#pragma unroll 1
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             if (starts[middle] <= unit) {
@@ -96,6 +98,7 @@ struct WorkList {
         }
         int sequence = low * sequences_of_thread(), start = starts[low];
         int tokens = length(sequence), count = blocks(tokens);
+#pragma unroll 1
         while (unit >= start + count * groups) {
             start += count * groups;
             tokens = length(++sequence);

@@ -1,20 +1,16 @@
 // Hopper's decode attention: as sm80/decode_attention.cu, with the same results up to the order of sums, but
 // - a warp's ring is filled by bulk copies, one a sub-block, which cost a lane one instruction;
-// - one launch: what a segment has in several blocks is joined by the block that comes last with its part, for each
-//   query on its own. The order of the sum is that of the units, whoever comes last;
+// - one launch: what a segment has in several blocks is joined by the block where it ends;
 // - it lets the next kernel start, and itself starts on what cannot change any more while the last one ends.
-//
-// A block leaves up to two partial sums, of the segment that it finds begun (part 0) and of the one that it leaves
-// unfinished (part 1). Counters, of the block where a segment begins, are zero between launches.
 #include "common/global_memory.cuh"
 #include "sm80/decode_block.cuh"
 #include "sm90/async.cuh"
 
 constexpr int kPartsAtOnce = 8;
+constexpr uint32_t kNothing = 0xFFFFFFFFu, kNaN = 0x7FFFFFFFu;
 
 struct BulkRing {
     const uint8_t* kv_pages;
-    const Work& work;
     Places& places;
     uint32_t slots, barriers;
     bool is_read_once;
@@ -26,9 +22,10 @@ struct BulkRing {
         __syncwarp();
     }
 
-    DEVICE void fill(int slot) {
+    template <bool kFirst>
+    DEVICE void fill(int slot) const {
         if (places.is_done()) return;
-        const int64_t place = places.next(work);
+        const int64_t place = kFirst ? places.next_of_first() : places.next();
         if (threadIdx.x % kWarpSize != 0) return;
         const uint8_t* const from = kv_pages + place * Page::kBlockBytes;
         const uint32_t to = slots + slot * Page::kBlockBytes, barrier = barriers + 8 * slot;
@@ -45,75 +42,105 @@ struct BulkRing {
     }
 
     DEVICE void refill() {
-        fill(stage);
+        fill<false>(stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
 
-struct Partials {
-    float* sums;
-    float2* stats;
-    int* counters;
+// What a block leaves of the segment that goes on in later blocks, for the one where the segment ends, which waits for it
+// and sums up. Words are kNothing until they are written, so that they need no flag beside them and no order among them,
+// and again after they were read. Only blocks before one's own are waited for: those have started.
+struct Slots {
+    float* sums;    // [grid, QUERIES, D]
+    float2* stats;  // {top, sum} [grid, QUERIES]
 
-    // Leave a query's part of a segment, `parts` of which lie in blocks `first` and after. Where all others are there
-    // already, returns true with the whole in `values` and `sum`.
-    DEVICE bool join(int first, int parts, int i, float top, float& sum, float (&values)[kDimsOfLane]) const {
-        const int lane = threadIdx.x % kWarpSize;
-        const auto row_of = [&](int part) { return (2 * (first + part) + (part == 0 ? 1 : 0)) * QUERIES + i; };
-        const int own = row_of(blockIdx.x - first);
-#pragma unroll
-        for (int j = 0; j < kDimsOfLane; ++j) sums[own * HEAD_DIM + kDimsOfLane * lane + j] = values[j];
-        if (lane == 0) stats[own] = make_float2(top, sum);
+    DEVICE void leave(int block, int i, const Joined& joined) const {
+        const int lane = threadIdx.x % kWarpSize, row = block * QUERIES + i;
+        leave_numbers(sums + row * HEAD_DIM + kDimsOfLane * lane, joined.values);
+        const float of_query[2] = {joined.top, joined.sum};
+        if (lane == 0) leave_numbers(reinterpret_cast<float*>(stats + row), of_query);
+    }
 
-        int* const counter = counters + first * QUERIES + i;
-        int earlier = 0;
-        __syncwarp();
-        if (lane == 0) earlier = add_acquire_release(counter, 1);
-        if (__shfl_sync(kFullMask, earlier, 0) + 1 < parts) return false;
-        if (lane == 0) *counter = 0;
-        __syncwarp();
-
-        top = -kInfinity, sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kDimsOfLane; ++j) values[j] = 0.0f;
+    // The parts of query i in blocks `first` and after, and then `own`.
+    DEVICE Joined take(int first, int i, const Joined& own) const {
+        const int lane = threadIdx.x % kWarpSize, parts = blockIdx.x - first;
+        Joined all;
+#pragma unroll 1
         for (int begin = 0; begin < parts; begin += kPartsAtOnce) {
             float2 of_part[kPartsAtOnce];
             float more[kPartsAtOnce][kDimsOfLane];
-            float raised = top;
+            bool is_missing;
+            do {
+                is_missing = false;
+#pragma unroll
+                for (int k = 0; k < kPartsAtOnce; ++k) {
+                    const int row = (first + begin + (begin + k < parts ? k : 0)) * QUERIES + i;
+                    float numbers[2];
+                    is_missing |= !look(reinterpret_cast<const float*>(stats + row), numbers);
+                    is_missing |= !look(sums + row * HEAD_DIM + kDimsOfLane * lane, more[k]);
+                    of_part[k] = make_float2(numbers[0], numbers[1]);
+                }
+            } while (__any_sync(kFullMask, is_missing));
 #pragma unroll
             for (int k = 0; k < kPartsAtOnce; ++k) {
-                const bool is_there = begin + k < parts;
-                const int row = row_of(is_there ? begin + k : begin);
-                of_part[k] = stats[row];
-#pragma unroll
-                for (int j = 0; j < kDimsOfLane; ++j) more[k][j] = sums[row * HEAD_DIM + kDimsOfLane * lane + j];
-                if (!is_there) of_part[k] = make_float2(-kInfinity, 0.0f);
+                if (begin + k >= parts) {
+                    of_part[k] = make_float2(-kInfinity, 0.0f);
+                    continue;
+                }
+                const int row = (first + begin + k) * QUERIES + i;
+                clear<kDimsOfLane>(sums + row * HEAD_DIM + kDimsOfLane * lane);
+                if (lane == 0) clear<2>(reinterpret_cast<float*>(stats + row));
             }
-#pragma unroll
-            for (int k = 0; k < kPartsAtOnce; ++k) raised = fmaxf(raised, of_part[k].x);
-            const float before = power_of_2(top - raised);
-            top = raised, sum *= before;
-#pragma unroll
-            for (int j = 0; j < kDimsOfLane; ++j) values[j] *= before;
-#pragma unroll
-            for (int k = 0; k < kPartsAtOnce; ++k) {
-                const float weight = power_of_2(of_part[k].x - top);
-                sum = fmaf(weight, of_part[k].y, sum);
-#pragma unroll
-                for (int j = 0; j < kDimsOfLane; ++j) values[j] = fmaf(weight, more[k][j], values[j]);
-            }
+            all.add(of_part, more);
         }
-        return true;
+        const float2 of_own[1] = {make_float2(own.top, own.sum)};
+        float values[1][kDimsOfLane];
+#pragma unroll
+        for (int j = 0; j < kDimsOfLane; ++j) values[0][j] = own.values[j];
+        all.add(of_own, values);
+        return all;
+    }
+
+  private:
+    template <int kCount>
+    static DEVICE void leave_numbers(float* to, const float (&numbers)[kCount]) {
+        uint32_t words[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+            const uint32_t word = __float_as_uint(numbers[j]);
+            words[j] = word == kNothing ? kNaN : word;
+        }
+        store_relaxed(to, words);
+    }
+
+    template <int kCount>
+    static DEVICE void clear(float* to) {
+        uint32_t words[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) words[j] = kNothing;
+        store_relaxed(to, words);
+    }
+
+    template <int kCount>
+    static DEVICE bool look(const float* from, float (&numbers)[kCount]) {
+        uint32_t words[kCount];
+        load_relaxed(from, words);
+        bool is_there = true;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+            is_there &= words[j] != kNothing;
+            numbers[j] = __uint_as_float(words[j]);
+        }
+        return is_there;
     }
 };
 
-// As for qoq_decode_attention_sm80, with counters [grid, QUERIES]. fresh_tokens: -1, or how many of the last tokens of
+// As for qoq_decode_attention_sm80, with slots in place of partial sums and tails. fresh_tokens: -1, or how many of the last tokens of
 // a sequence the kernel before may still be writing; kv_lens, page_table and the other tokens must then be settled.
 // Pointers are not __restrict__: no load may be moved to before the wait.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     qoq_decode_attention_sm90(const uint16_t* query, const uint8_t* kv_pages, const int* page_table, const int* kv_lens,
-                              uint16_t* output, float* partial_sums, float2* partial_stats, int* counters,
-                              int sequences, int max_pages, int num_pages, int kv_heads, int queries_of_kv, int passes,
+                              uint16_t* output, float* slot_sums, float2* slot_stats, int sequences, int max_pages, int num_pages, int kv_heads, int queries_of_kv, int passes,
                               int queries_of_pass, int query_stride, int window, int fresh_tokens,
                               float softmax_scale) {
     extern __shared__ __align__(128) uint8_t dynamic_shared[];
@@ -125,40 +152,52 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const Rows rows{query, output, query_stride, heads};
 
     allow_next_kernel();
+    if (lane < 2) shared.pieces[2 * warp + lane].x = -1;
     if (fresh_tokens < 0) wait_for_last_kernel();
     Work work{kv_lens, sequences, max_pages * kPageTokens, window, heads.groups(), nullptr};
     const int total = work.build(shared.starts, shared.warp_totals);
     const Run of_block = Run{0, total}.part(gridDim.x, blockIdx.x), of_warp = of_block.part(WARPS, warp);
-    if (lane < 2) shared.pieces[2 * warp + lane].x = -1;
 
-    Places places{page_table, max_pages, num_pages, kv_heads, passes, of_warp};
-    const int settled = places.begin(work, max(fresh_tokens, 0));
-    BulkRing ring{kv_pages, work, places, shared_address(dynamic_shared + warp * kRingBytes),
-                  shared_address(barriers[warp]), passes == 1, 0, 0};
+    Places places{work, page_table, max_pages, num_pages, kv_heads, passes, of_warp};
+    BulkRing ring{kv_pages, places, shared_address(dynamic_shared + warp * kRingBytes), shared_address(barriers[warp]),
+                  passes == 1, 0, 0};
     ring.make();
-    const int early = fresh_tokens < 0 ? STAGES : min(STAGES, settled);
-    int filled = 0;
-    for (; filled < early; ++filled) ring.fill(filled);
-    if (fresh_tokens >= 0) wait_for_last_kernel();
-    for (; filled < STAGES; ++filled) ring.fill(filled);
-    places.look_ahead(work);
+    int settled;
+    const Segment first = places.begin(fresh_tokens, settled);
+    const int early = fresh_tokens < 0 ? 1 : min(STAGES, settled);
+    RawQuery raw{};
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES; ++stage) {
+        if (stage == early) {
+            if (fresh_tokens >= 0) wait_for_last_kernel();
+            if (of_warp.count() > 0) raw = rows.load(first);  // before copies that it would have to queue behind
+        }
+        ring.fill<true>(stage);
+    }
+    if (early == STAGES) {
+        wait_for_last_kernel();
+        if (of_warp.count() > 0) raw = rows.load(first);
+    }
+    rows.clear_empty(work);
 
     const auto last_sums = [&](int w) { return reinterpret_cast<float*>(dynamic_shared + w * kRingBytes); };
-    attend(ring, work, rows, of_warp, shared, first_pieces + warp * kPieceFloats, last_sums(warp),
-           softmax_scale * 1.44269504f);  // to exponents of 2
+    if (of_warp.count() > 0)
+        attend(ring, work, rows, of_warp, first, raw, shared, first_pieces + warp * kPieceFloats, last_sums(warp),
+               softmax_scale * 1.44269504f);  // to exponents of 2
     __syncthreads();
 
-    const Partials partials{partial_sums, partial_stats, counters};
+    const Slots slots{slot_sums, slot_stats};
     join_pieces(
         shared, heads,
         [&](int piece) { return piece % 2 ? last_sums(piece / 2) : first_pieces + piece / 2 * kPieceFloats; },
-        [&](const Segment& segment, int i, float top, float sum, float (&values)[kDimsOfLane]) {
-            if (segment.begin < of_block.first || segment.end > of_block.end) {
-                const int first = part_of(segment.begin, total, gridDim.x);
-                const int parts = part_of(segment.end - 1, total, gridDim.x) - first + 1;
-                if (!partials.join(first, parts, i, top, sum, values)) return;
+        [&](const Segment& segment, int i, const Joined& joined) {
+            if (segment.end > of_block.end) {
+                slots.leave(blockIdx.x, i, joined);
+            } else if (segment.begin < of_block.first) {
+                const Joined all = slots.take(part_of(segment.begin, total, gridDim.x), i, joined);
+                rows.finish(segment, i, all.values, all.sum);
+            } else {
+                rows.finish(segment, i, joined.values, joined.sum);
             }
-            rows.finish(segment, i, values, sum);
         });
-    rows.clear_empty(work);
 }
