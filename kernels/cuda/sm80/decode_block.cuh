@@ -73,7 +73,8 @@ struct Rows {
 
     // The output of query i of a segment, from sums that a warp has.
     DEVICE void finish(const Segment& segment, int i, const float (&values)[kDimsOfLane], float sum) const {
-        uint32_t* const to = reinterpret_cast<uint32_t*>(output_of(segment, i)) + kDimsOfLane / 2 * (threadIdx.x % kWarpSize);
+        uint32_t* const to =
+            reinterpret_cast<uint32_t*>(output_of(segment, i)) + kDimsOfLane / 2 * (threadIdx.x % kWarpSize);
         const float factor = __frcp_rn(sum);
 #pragma unroll
         for (int j = 0; j < kDimsOfLane / 2; ++j)
@@ -85,7 +86,8 @@ struct Rows {
 #pragma unroll 1
         for (int sequence = blockIdx.x; sequence < work.sequences; sequence += gridDim.x) {
             if (work.length(sequence) > 0) continue;
-            uint4* const to = reinterpret_cast<uint4*>(output + static_cast<int64_t>(sequence) * heads.heads() * HEAD_DIM);
+            const int64_t first = static_cast<int64_t>(sequence) * heads.heads() * HEAD_DIM;
+            uint4* const to = reinterpret_cast<uint4*>(output + first);
 #pragma unroll 1
             for (int i = threadIdx.x; i < heads.heads() * HEAD_DIM / 8; i += kThreads) to[i] = make_uint4(0, 0, 0, 0);
         }

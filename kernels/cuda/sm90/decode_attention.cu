@@ -135,14 +135,14 @@ struct Slots {
     }
 };
 
-// As for qoq_decode_attention_sm80, with slots in place of partial sums and tails. fresh_tokens: -1, or how many of the last tokens of
-// a sequence the kernel before may still be writing; kv_lens, page_table and the other tokens must then be settled.
+// As for qoq_decode_attention_sm80, with slots in place of partial sums and tails. fresh_tokens: -1, or how many of the
+// last tokens of a sequence earlier kernels may still be writing; kv_lens, page_table and the tokens before are settled.
 // Pointers are not __restrict__: no load may be moved to before the wait.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     qoq_decode_attention_sm90(const uint16_t* query, const uint8_t* kv_pages, const int* page_table, const int* kv_lens,
-                              uint16_t* output, float* slot_sums, float2* slot_stats, int sequences, int max_pages, int num_pages, int kv_heads, int queries_of_kv, int passes,
-                              int queries_of_pass, int query_stride, int window, int fresh_tokens,
-                              float softmax_scale) {
+                              uint16_t* output, float* slot_sums, float2* slot_stats, int sequences, int max_pages,
+                              int num_pages, int kv_heads, int queries_of_kv, int passes, int queries_of_pass,
+                              int query_stride, int window, int fresh_tokens, float softmax_scale) {
     extern __shared__ __align__(128) uint8_t dynamic_shared[];
     __shared__ SharedState shared;
     __shared__ uint64_t barriers[WARPS][STAGES];
@@ -164,20 +164,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     ring.make();
     int settled;
     const Segment first = places.begin(fresh_tokens, settled);
-    const int early = fresh_tokens < 0 ? 1 : min(STAGES, settled);
-    RawQuery raw{};
+    const int early = fresh_tokens < 0 ? STAGES : min(STAGES, settled);
 #pragma unroll 1
-    for (int stage = 0; stage < STAGES; ++stage) {
-        if (stage == early) {
-            if (fresh_tokens >= 0) wait_for_last_kernel();
-            if (of_warp.count() > 0) raw = rows.load(first);  // before copies that it would have to queue behind
-        }
-        ring.fill<true>(stage);
-    }
-    if (early == STAGES) {
-        wait_for_last_kernel();
-        if (of_warp.count() > 0) raw = rows.load(first);
-    }
+    for (int stage = 0; stage < early; ++stage) ring.fill<true>(stage);
+    if (fresh_tokens >= 0) wait_for_last_kernel();
+    const RawQuery raw = rows.load(first);
+#pragma unroll 1
+    for (int stage = early; stage < STAGES; ++stage) ring.fill<true>(stage);
     rows.clear_empty(work);
 
     const auto last_sums = [&](int w) { return reinterpret_cast<float*>(dynamic_shared + w * kRingBytes); };
