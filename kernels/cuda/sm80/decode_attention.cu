@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const Run of_block = Run{0, total}.part(gridDim.x, blockIdx.x), of_warp = of_block.part(WARPS, warp);
     if (lane < 2) shared.pieces[2 * warp + lane].x = -1;
 
-    Places places{work, page_table, max_pages, num_pages, kv_heads, passes, of_warp};
+    Places places{work, page_table, max_pages, num_pages, heads, of_warp};
     int settled;
     const Segment first = places.begin(0, settled);
     CopyRing ring{kv_pages, places, shared_address(dynamic_shared + warp * kRingBytes), 0};

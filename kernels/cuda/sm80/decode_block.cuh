@@ -25,8 +25,8 @@ using Work = WorkList<kThreads>;
 
 // A piece's segment: begin (-1: there is no such piece), end, sequence, group.
 struct SharedState {
-    int starts[kThreads + 1], warp_totals[kWarpSize];
     int4 pieces[kPieces];
+    int warp_totals[kWarpSize], starts[kThreads + 1];
     float2 stats[kPieces][QUERIES];  // top and sum of each query
 };
 
@@ -110,7 +110,8 @@ struct Run {
 struct Places {
     const Work& work;
     const int* page_table;
-    int max_pages, num_pages, kv_heads, passes;
+    int max_pages, num_pages;
+    const HeadShape& heads;
     Run run;
     int taken, near, far_page, far_rest;
 
@@ -125,7 +126,7 @@ struct Places {
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {  // one copy of the code, which is cold
             near = far_place();
-            const Segment found = read(half * kWarpSize + lane);
+            const Segment found = read(half * kWarpSize);
             if (half == 0) segment = found, after = found.length - (block_in(found, lane) + 1) * kBlockTokens;
         }
         const uint32_t unsettled = __ballot_sync(kFullMask, max(after, 0) < fresh);
@@ -144,7 +145,7 @@ struct Places {
         const int place = __shfl_sync(kFullMask, near, taken % kWarpSize);
         if (++taken % kWarpSize == 0) {
             near = far_place();
-            read(taken + kWarpSize + threadIdx.x % kWarpSize);
+            read(taken + kWarpSize);
         }
         return place;
     }
@@ -154,20 +155,23 @@ struct Places {
         return segment.first_block + run.first + index - segment.begin;
     }
 
-    DEVICE Segment read(int index) {
+    // Of unit `start` + lane.
+    DEVICE Segment read(int start) {
         far_rest = -1;
+        if (start >= run.count()) return {};
+        const int low = work.find(run.first + start), index = start + threadIdx.x % kWarpSize;
         if (index >= run.count()) return {};
-        const Segment segment = work.locate(run.first + index);
+        const Segment segment = work.locate(run.first + index, low);
         const int block = block_in(segment, index);
         far_page = page_table[static_cast<int64_t>(segment.sequence) * max_pages + block / 2];
-        far_rest = segment.group / passes * 2 + block % 2;
+        far_rest = heads.kv_head(segment.group) * 2 + block % 2;
         return segment;
     }
 
     DEVICE int far_place() const {
         if (far_rest < 0) return 0;
         if (static_cast<uint32_t>(far_page) >= static_cast<uint32_t>(num_pages)) __trap();
-        return far_page * kv_heads * 2 + far_rest;
+        return far_page * heads.kv_heads * 2 + far_rest;
     }
 };
 

@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int total = work.build(shared.starts, shared.warp_totals);
     const Run of_block = Run{0, total}.part(gridDim.x, blockIdx.x), of_warp = of_block.part(WARPS, warp);
 
-    Places places{work, page_table, max_pages, num_pages, kv_heads, passes, of_warp};
+    Places places{work, page_table, max_pages, num_pages, heads, of_warp};
     BulkRing ring{kv_pages, places, shared_address(dynamic_shared + warp * kRingBytes), shared_address(barriers[warp]),
                   passes == 1, 0, 0};
     ring.make();
