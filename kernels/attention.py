@@ -1,8 +1,11 @@
 """Attention of one new token a sequence over the paged KV4 or KV8 cache.
 
-    qoq::paged_decode_attention   one new token a sequence, straight from the codes (cuda/sm80/decode_attention.cu)
+    qoq::paged_decode_attention        one new token a sequence, straight from the codes
+    qoq::overlapping_decode_attention  the same, begun while what was enqueued last still runs
 
-Several new tokens a sequence: `extend`, which uses the same kernel for few.
+Hopper has a kernel of its own (cuda/sm90/decode_attention.cu), of one launch. Everywhere else the portable one runs
+(cuda/sm80/decode_attention.cu), and a second one that joins what its blocks computed of the same sequence.
+Several new tokens a sequence: `extend`, which uses the same kernels for few.
 
 Keys and values are those after the round trip through the cache (`formats.arithmetic.kv_round_trip`), in every path.
 Queries, probabilities and outputs are 16-bit; sums are float32. Against float64 over the same codes the decode kernel
@@ -12,28 +15,28 @@ to float16 and of the output. Queries may be as large as 2^120, scales and zeros
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.decode_plan import COLUMNS, FORMATS, DecodeShape, combine_spec, decode_spec
-from qoq.kernels.launch import architecture, load_kernel, num_sms
+from qoq.kernels.decode_plan import COLUMNS, FORMATS, DecodeShape, combine_spec, decode_spec, hopper_decode_spec
+from qoq.kernels.launch import architecture, is_hopper, load_kernel, num_sms
 from qoq.kernels.layouts import BLOCK_TOKENS, HEAD_DIMS, KV_BITS, PAGE_SIZE, check_page_shape, page_bytes
+from qoq.kernels.workspace import StreamMemory
 
 _INT_MAX = 2**31 - 1
 
 
 def specs(architecture: str) -> list[KernelSpec]:
     """All that attention can ask for on `architecture`."""
-    decode = [
-        decode_spec(architecture, head_dim, bits, columns, dtype)
-        for head_dim in HEAD_DIMS
-        for bits in KV_BITS
-        for columns in COLUMNS
-        for dtype in FORMATS
-    ]
+    cases = list(itertools.product(HEAD_DIMS, KV_BITS, COLUMNS, FORMATS))
+    decode = [decode_spec(architecture, *case) for case in cases]
+    if architecture == "sm_90":
+        decode += [hopper_decode_spec(*case) for case in cases]
     return decode + [combine_spec(head_dim, dtype) for head_dim in HEAD_DIMS for dtype in FORMATS]
 
 
@@ -52,22 +55,54 @@ def paged_decode_attention(
                 has places for counts as all of these
     window      attend to the last `window` tokens only; 0 for all
 
-    Safe in CUDA graphs: a replay reads kv_lens and page_table anew. Raises ValueError for operands of another form.
+    Safe in CUDA graphs: a replay reads kv_lens and page_table anew. Nothing is read before all that was enqueued
+    earlier has ended. Raises ValueError for operands of another form.
     """
     return run_decode(query, kv_pages, page_table, kv_lens, scale, bits, window)
 
 
-@paged_decode_attention.register_fake
-def _(
+@torch.library.custom_op("qoq::overlapping_decode_attention", mutates_args=(), device_types="cuda")
+def overlapping_decode_attention(
     query: Tensor,
-    kv_pages: Tensor,  # noqa: ARG001
-    page_table: Tensor,  # noqa: ARG001
-    kv_lens: Tensor,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    bits: int,  # noqa: ARG001
-    window: int,  # noqa: ARG001
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    bits: int,
+    window: int,
+    fresh_tokens: int,
 ) -> Tensor:
-    return query.new_empty(query.shape)
+    """`paged_decode_attention` that on Hopper begins while kernels enqueued before it still run.
+
+    What they may still be writing is query and, of each sequence, the last `fresh_tokens` (0 or more) of its kv_lens
+    tokens; it is waited for. All else, kv_lens and page_table and the tokens before, is read at once, and must have
+    been written before the last kernel that was launched the ordinary way: every one but qoq's own that overlap. In a
+    decode step these are 1 fresh token, and lengths and page numbers that were written before the embedding was looked
+    up. The same bits as `paged_decode_attention`.
+    """
+    if fresh_tokens < 0:
+        raise ValueError(f"fresh_tokens: expected 0 or more, got {fresh_tokens}")
+    return run_decode(query, kv_pages, page_table, kv_lens, scale, bits, window, fresh_tokens=fresh_tokens)
+
+
+paged_decode_attention.register_fake(lambda query, *_: query.new_empty(query.shape))
+overlapping_decode_attention.register_fake(lambda query, *_: query.new_empty(query.shape))
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How a decode step is launched; other than by default for tests, tuning and benchmarks.
+
+    blocks       how many; None: as many as the GPU has SMs
+    portable     the kernel of all architectures, on Hopper too
+    overlapping  Hopper's kernel may start before the one enqueued last has ended
+    ring         warps and stages of Hopper's kernel
+    """
+
+    blocks: int | None = None
+    portable: bool = False
+    overlapping: bool = True
+    ring: tuple[int, int] | None = None
 
 
 def run_decode(
@@ -80,30 +115,92 @@ def run_decode(
     window: int,
     *,
     out: Tensor | None = None,
-    blocks: int | None = None,
+    fresh_tokens: int | None = None,
+    options: DecodeOptions | None = None,
 ) -> Tensor:
-    """Check the operands and launch both kernels; `out`: contiguous [B, H, D]; `blocks`: how many, for tests."""
+    """Check the operands and launch; `out`: contiguous [B, H, D]; `fresh_tokens`: see `overlapping_decode_attention`,
+    None where nothing may be read early."""
     shape = check_decode_operands(query, kv_pages, page_table, kv_lens, scale, bits, window)
     if out is None:
         out = query.new_empty(query.shape)
     if shape.sequences == 0:
         return out
+    options = options or DecodeOptions()
+    with torch.cuda.device(query.device):
+        if is_hopper(query.device.index) and not options.portable:
+            fresh = -1 if fresh_tokens is None else fresh_tokens
+            _run_hopper(query, kv_pages, page_table, kv_lens, out, scale, bits, window, fresh, shape, options)
+        else:
+            _run_portable(query, kv_pages, page_table, kv_lens, out, scale, bits, window, shape, options)
+    return out
+
+
+def _run_hopper(
+    query: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    bits: int,
+    window: int,
+    fresh_tokens: int,
+    shape: DecodeShape,
+    options: DecodeOptions,
+) -> None:
     device = query.device.index
-    blocks = num_sms(device) if blocks is None else blocks
+    blocks = options.blocks or num_sms(device)
+    slots = _slots.of(device) if blocks <= num_sms(device) else _make_slots(device, blocks)
+    stats = slots[blocks * shape.columns * shape.head_dim :]
+    kernel = load_kernel(hopper_decode_spec(shape.head_dim, bits, shape.columns, query.dtype, options.ring), device)
+    tensors = (query, kv_pages, page_table, kv_lens, out, slots, stats)
+    sizes = _sizes(query, kv_pages, page_table, window, shape)
+    kernel.launch((blocks, 1, 1), (*tensors, *sizes, fresh_tokens, float(scale)), overlapping=options.overlapping)
+
+
+def _run_portable(
+    query: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    kv_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    bits: int,
+    window: int,
+    shape: DecodeShape,
+    options: DecodeOptions,
+) -> None:
+    device = query.device.index
+    blocks = options.blocks or num_sms(device)
     sums = blocks * 2 * shape.columns * shape.head_dim
     workspace = query.new_empty(sums + 4 * blocks + blocks * 2 * shape.columns * 2, dtype=torch.float32)
     partial_sums, tails, partial_stats = workspace, workspace[sums:], workspace[sums + 4 * blocks :]
     decode = load_kernel(decode_spec(architecture(device), shape.head_dim, bits, shape.columns, query.dtype), device)
     combine = load_kernel(combine_spec(shape.head_dim, query.dtype), device)
-    heads = (shape.kv_heads, shape.queries_of_kv, shape.passes, shape.queries_of_pass)
     tensors = (query, kv_pages, page_table, kv_lens, out, partial_sums, partial_stats, tails)
-    sizes = (shape.sequences, page_table.shape[1], kv_pages.shape[0], *heads, query.stride(0), window)
-    with torch.cuda.device(device):
-        decode.launch((blocks, 1, 1), (*tensors, *sizes, float(scale)))
-        combine.launch(
-            (blocks, shape.queries_of_pass, 1), (partial_sums, partial_stats, tails, out, shape.columns, *heads)
-        )
-    return out
+    decode.launch((blocks, 1, 1), (*tensors, *_sizes(query, kv_pages, page_table, window, shape), float(scale)))
+    combine.launch(
+        (blocks, shape.queries_of_pass, 1),
+        (partial_sums, partial_stats, tails, out, shape.columns, *_head_sizes(shape)),
+    )
+
+
+def _sizes(query: Tensor, kv_pages: Tensor, page_table: Tensor, window: int, shape: DecodeShape) -> tuple[int, ...]:
+    pages = (page_table.shape[1], kv_pages.shape[0])
+    return (shape.sequences, *pages, *_head_sizes(shape), query.stride(0), window)
+
+
+def _head_sizes(shape: DecodeShape) -> tuple[int, int, int, int]:
+    return shape.kv_heads, shape.queries_of_kv, shape.passes, shape.queries_of_pass
+
+
+def _make_slots(device: int, blocks: int | None = None) -> Tensor:
+    """For what blocks of Hopper's kernel leave each other: all bits set where nothing is."""
+    size = (blocks or num_sms(device)) * COLUMNS[-1] * (HEAD_DIMS[-1] + 2)
+    return torch.full((size,), -1, dtype=torch.int32, device=f"cuda:{device}")
+
+
+_slots = StreamMemory(_make_slots)
 
 
 def check_decode_operands(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qoq.kernels.attention import DecodeOptions, run_decode
 from qoq.kernels.bench import Rates
 from qoq.kernels.layouts import PAGE_SIZE, page_bytes
 from qoq.kernels.roofline import Roofline
@@ -22,7 +23,16 @@ from qoq.recipes.shapes import ModelShape
 ATTENTION_VARIANTS = ("kv4", "kv8", "sdpa-fp16", "sdpa-bf16")
 DEFAULT_CASES = ((64, 1024), (128, 1536), (128, 4096), (1, 8192), (8, 32768))
 """Sequences and tokens of each."""
+DECODE_LAUNCHES = {
+    "": (DecodeOptions(), None),
+    "-apart": (DecodeOptions(overlapping=False), None),
+    "-early": (DecodeOptions(), 1),
+    "-portable": (DecodeOptions(portable=True), None),
+}
+"""What may follow "kv4" or "kv8": how a call is launched, and the fresh tokens of one that reads early. On Hopper other
+calls are launched early too but then wait, except for those that are apart."""
 _BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_PagedCalls = Callable[[DecodeOptions, int | None], Callable[[int], object]]
 _DTYPES = {"sdpa-fp16": torch.float16, "sdpa-bf16": torch.bfloat16}
 _APPEND_TOKENS = 8192
 
@@ -51,7 +61,7 @@ def kv_bytes(variant: str, batch: int, length: int, shape: ModelShape) -> int:
     """Bytes of the keys and values that one step reads."""
     if variant in _DTYPES:
         return 4 * batch * length * shape.num_kv_heads * shape.head_dim
-    return batch * length * shape.num_kv_heads * page_bytes(shape.head_dim, _bits(variant)) // PAGE_SIZE
+    return batch * length * shape.num_kv_heads * page_bytes(shape.head_dim, _parts(variant)[0]) // PAGE_SIZE
 
 
 def bench_attention(
@@ -69,8 +79,7 @@ def bench_attention(
 
     A variant whose cache does not fit is left out with the reason; errors of our own kernels come through.
     """
-    import qoq.kernels.attention
-    import qoq.kernels.kv_cache  # noqa: F401  (both register operators)
+    import qoq.kernels.kv_cache  # noqa: F401  (registers operators)
 
     report = AttentionReport()
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -115,7 +124,12 @@ def _variants(
     device = generator.device
     cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
     query = torch.randn(batch, shape.num_heads, shape.head_dim, generator=generator, device=device)
+    pools: dict[int, tuple[_PagedCalls, int]] = {}
     for name in wanted:
+        if name not in _DTYPES and _parts(name)[0] in pools:
+            calls, copies = pools[_parts(name)[0]]
+            yield Variant(name, calls(*DECODE_LAUNCHES[_parts(name)[1]]), copies=copies)
+            continue
         free, _ = torch.cuda.mem_get_info()
         size = kv_bytes(name, batch, -(-length // PAGE_SIZE) * PAGE_SIZE, shape)
         copies = copies_beyond_cache(size, cache_bytes=cache_bytes, budget_bytes=int(0.8 * free))
@@ -129,12 +143,15 @@ def _variants(
                 call = _sdpa_call(query.to(dtype)[:, :, None], caches, chosen)
                 yield Variant(f"{name}/{backend}", call, copies=copies, optional=True)
         else:
-            call = _paged_call(shape, query.half(), batch, length, _bits(name), copies, generator)
-            yield Variant(name, call, copies=copies)
+            bits, launch = _parts(name)
+            calls = _paged_calls(shape, query.half(), batch, length, bits, copies, generator)
+            pools[bits] = calls, copies
+            yield Variant(name, calls(*DECODE_LAUNCHES[launch]), copies=copies)
 
 
-def _bits(variant: str) -> int:
-    return int(variant.removeprefix("kv"))
+def _parts(variant: str) -> tuple[int, str]:
+    """The bits of "kv4-early" and what follows them, a key of DECODE_LAUNCHES."""
+    return int(variant[2]), variant[3:]
 
 
 def _random_cache(
@@ -156,9 +173,9 @@ def _sdpa_call(query: Tensor, caches: Sequence[tuple[Tensor, Tensor]], backend: 
     return call
 
 
-def _paged_call(
+def _paged_calls(
     shape: ModelShape, query: Tensor, batch: int, length: int, bits: int, copies: int, generator: torch.Generator
-) -> Callable[[int], object]:
+) -> _PagedCalls:
     """Pages of all sequences and copies lie shuffled in one pool, filled by our own append."""
     device = generator.device
     pages_each = -(-length // PAGE_SIZE)
@@ -175,5 +192,10 @@ def _paged_call(
         torch.ops.qoq.append_kv(key, value, pages, slots, bits)
     lens = torch.full((batch,), length, dtype=torch.int32, device=device)
     scale = 1 / math.sqrt(shape.head_dim)
-    operator = torch.ops.qoq.paged_decode_attention
-    return lambda i: operator(query, pages, tables[i], lens, scale, bits, 0)
+
+    def calls(options: DecodeOptions, fresh_tokens: int | None) -> Callable[[int], object]:
+        return lambda i: run_decode(
+            query, pages, tables[i], lens, scale, bits, 0, fresh_tokens=fresh_tokens, options=options
+        )
+
+    return calls

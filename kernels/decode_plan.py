@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ COLUMNS = (4, 8)
 _WARPS = (12, 8, 6, 4)
 _STAGES = (2, 4)
 """Sub-blocks in a warp's ring, at least and at most; with more in flight, the first one arrives later."""
+_IN_FLIGHT_BYTES = 112 << 10
+"""What the rings of Hopper's kernel hold at most, with two stages or more; more only makes all wait longer."""
 _RESERVED_BYTES = 1024 + 4096
 """Shared memory that the driver takes of each block, and the most that the kernel declares itself."""
 
@@ -45,17 +48,34 @@ class DecodeShape:
 
 
 def decode_spec(arch: str, head_dim: int, bits: int, columns: int, dtype: torch.dtype) -> KernelSpec:
-    """The kernel for `columns` (4 or 8) queries a pass, with as many warps and stages as `arch` has room for."""
+    """The portable kernel for `columns` (4 or 8) queries a pass, with the warps and stages that `arch` has room for."""
+    ring = _largest_ring(arch, head_dim, bits, columns, lambda _: _STAGES[1])
+    return _decode_spec("sm80", head_dim, bits, columns, dtype, ring)
+
+
+def hopper_decode_spec(
+    head_dim: int, bits: int, columns: int, dtype: torch.dtype, ring: tuple[int, int] | None = None
+) -> KernelSpec:
+    """Hopper's kernel; `ring`: other warps and stages than it has by default."""
+    default = _largest_ring("sm_90", head_dim, bits, columns, lambda stage_bytes: _IN_FLIGHT_BYTES // stage_bytes)
+    return _decode_spec("sm90", head_dim, bits, columns, dtype, ring or default)
+
+
+def _largest_ring(arch: str, head_dim: int, bits: int, columns: int, most: Callable[[int], int]) -> tuple[int, int]:
+    """Warps, and sub-blocks in the ring of each: at least two, at most as many as `most` says of one of each warp."""
     block = block_bytes(head_dim, bits)
-    first_pieces = 4 * columns * head_dim
     room = shared_bytes_of_sm(arch) - _RESERVED_BYTES
-    fewest, most = _STAGES
     for warps in _WARPS:
-        stages = min(most, (room // warps - first_pieces) // block)
-        if stages >= fewest:
-            break
-    else:
-        raise ValueError(f"decode attention does not fit the shared memory of {arch}")
+        stages = min(max(most(warps * block), _STAGES[0]), (room // warps - 4 * columns * head_dim) // block)
+        if stages >= _STAGES[0]:
+            return warps, stages
+    raise ValueError(f"decode attention does not fit the shared memory of {arch}")
+
+
+def _decode_spec(
+    folder: str, head_dim: int, bits: int, columns: int, dtype: torch.dtype, ring: tuple[int, int]
+) -> KernelSpec:
+    warps, stages = ring
     defines = {
         "HEAD_DIM": head_dim,
         "BITS": bits,
@@ -64,9 +84,13 @@ def decode_spec(arch: str, head_dim: int, bits: int, columns: int, dtype: torch.
         "WARPS": warps,
         "STAGES": stages,
     }
-    shared = warps * (stages * block + first_pieces)
+    shared = warps * (stages * block_bytes(head_dim, bits) + 4 * columns * head_dim)
     return KernelSpec(
-        "sm80/decode_attention.cu", "qoq_decode_attention_sm80", tuple(defines.items()), 32 * warps, shared
+        f"{folder}/decode_attention.cu",
+        f"qoq_decode_attention_{folder}",
+        tuple(defines.items()),
+        32 * warps,
+        shared,
     )
 
 

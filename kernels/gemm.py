@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qoq.kernels.dispatch import GemmChoice, choose_gemm
 from qoq.kernels.gemm_tiles import WORKSPACE_SUMS_PER_SM, DecodeTile, OutFormat, SplitTile, WeightFormat
-from qoq.kernels.launch import architecture, load_kernel, num_sms, refuse_capture
+from qoq.kernels.launch import architecture, load_kernel, num_sms
+from qoq.kernels.workspace import StreamMemory
 from qoq.recipes.schema import GROUP_SIZE
 
 _OUT_FORMATS: dict[torch.dtype, OutFormat] = {
@@ -31,9 +32,6 @@ _MAX_OPERAND_BYTES = 1 << 32
 """The kernel's offsets within an operand have 32 bits."""
 _COUNTERS_PER_SM = 2 * 32
 """Two for each block that an SM can hold (CUDA programming guide, "Technical Specifications")."""
-_CAPTURED = -1
-
-_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
 
 @torch.library.custom_op("qoq::w4a8_gemm", mutates_args=(), device_types="cuda")
@@ -186,22 +184,17 @@ def launch_gemm(
 
 
 def workspace(device: int) -> tuple[Tensor, Tensor]:
-    """Counters and sums of tiles that blocks share, zero between launches: one a stream, so that streams do not mix.
+    """Counters and sums of tiles that blocks share, zero between launches; `device` is the current one."""
+    return _workspaces.of(device)
 
-    `device` is the current one. All captured graphs of a device share one, made by the first call outside a capture: do
-    not replay two of them at the same time, nor capture calls on branches that run side by side.
-    """
-    captured = (device, _CAPTURED)
-    if torch.cuda.is_current_stream_capturing():
-        if captured not in _workspaces:
-            refuse_capture()
-        return _workspaces[captured]
-    for key in (captured, (device, torch.cuda.current_stream(device).cuda_stream)):
-        if key not in _workspaces:
-            sizes = [num_sms(device) * each for each in (_COUNTERS_PER_SM, WORKSPACE_SUMS_PER_SM)]
-            counters, sums = torch.zeros(sum(sizes), dtype=torch.int32, device=f"cuda:{device}").split(sizes)
-            _workspaces[key] = counters, sums
-    return _workspaces[key]
+
+def _make_workspace(device: int) -> tuple[Tensor, Tensor]:
+    sizes = [num_sms(device) * each for each in (_COUNTERS_PER_SM, WORKSPACE_SUMS_PER_SM)]
+    counters, sums = torch.zeros(sum(sizes), dtype=torch.int32, device=f"cuda:{device}").split(sizes)
+    return counters, sums
+
+
+_workspaces = StreamMemory(_make_workspace)
 
 
 def _packed_shape(act_codes: Tensor, qweight: Tensor) -> tuple[int, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +14,16 @@ import torch
 from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, dequantize_kv, quantize_kv
-from qoq.kernels import extend, extend_batch, extend_plan
-from qoq.kernels.attention import check_decode_operands, specs
+from qoq.kernels import attention, extend, extend_batch, extend_plan
+from qoq.kernels.attention import DecodeOptions, check_decode_operands, run_decode, specs
 from qoq.kernels.attention_oracles import decode_attention_oracle, extend_attention_oracle
-from qoq.kernels.compiler import compile_kernel
-from qoq.kernels.decode_plan import DecodeShape, decode_spec
+from qoq.kernels.compiler import KernelSpec, compile_kernel
+from qoq.kernels.decode_plan import DecodeShape, decode_spec, hopper_decode_spec
 from qoq.kernels.extend import extend_attention, merge_by_lse, run_extend
 from qoq.kernels.extend_batch import DecodeCall, ExtendBatch, FlashCall, prepare_extend
 from qoq.kernels.gemm_tiles import ARCHITECTURES, shared_bytes_of_sm
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages, page_bytes, unpack_pages
+from qoq.kernels.sources import CUDA_ROOT
 
 PAGE_FLOATS = 2 * PAGE_SIZE * 64 * 2
 """Bytes that a page of one KV head of 64 dimensions takes in the scratch, in float16."""
@@ -128,6 +132,64 @@ def test_the_fake_operator_has_the_query_s_form() -> None:
     assert (result.shape, result.dtype, result.is_contiguous()) == ((2, 6, 64), torch.float16, True)
 
 
+def test_the_fake_overlapping_operator_has_it_too() -> None:
+    call = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in operands().items()}
+    result = torch.ops.qoq.overlapping_decode_attention(*call.values(), 1)
+    assert (result.shape, result.dtype, result.is_contiguous()) == ((2, 6, 64), torch.float16, True)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Of each launch the source, and arguments by the names that the kernel has for them; on a Hopper GPU."""
+    found: list[dict[str, Any]] = []
+
+    def load(spec: KernelSpec, device: int) -> SimpleNamespace:
+        signature = re.search(spec.entry + r"\(([^)]*)\)", (CUDA_ROOT / spec.source).read_text())
+        assert signature
+        names = [parameter.split()[-1].lstrip("*") for parameter in signature.group(1).split(",")]
+
+        def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...], *, overlapping: bool = False) -> None:
+            about = {"source": spec.source, "grid": grid, "overlapping": overlapping}
+            found.append(dict(zip(names, arguments, strict=True)) | about)
+
+        return SimpleNamespace(launch=launch)
+
+    monkeypatch.setattr(attention, "load_kernel", load)
+    monkeypatch.setattr(attention, "num_sms", lambda device: 132)
+    monkeypatch.setattr(attention, "is_hopper", lambda device: True)
+    monkeypatch.setattr(attention, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(attention, "_slots", SimpleNamespace(of=lambda device: torch.full((132 * 8 * 130,), -1)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return found
+
+
+@pytest.mark.parametrize("fresh_tokens", [None, 0, 5])
+def test_hoppers_kernel_gets_what_its_parameters_are_called(
+    launched: list[dict[str, Any]], fresh_tokens: int | None
+) -> None:
+    given = operands(window=9)
+    out = run_decode(*given.values(), fresh_tokens=fresh_tokens)
+    (found,) = launched
+    for name in ("query", "kv_pages", "page_table", "kv_lens", "window"):
+        assert found[name] is given[name], name
+    assert found["output"] is out
+    assert (found["sequences"], found["max_pages"], found["num_pages"]) == (2, 3, 4)
+    assert [found[name] for name in ("kv_heads", "queries_of_kv", "passes", "queries_of_pass")] == [2, 3, 1, 3]
+    assert (found["query_stride"], found["softmax_scale"]) == (6 * 64, 0.125)
+    assert found["fresh_tokens"] == (-1 if fresh_tokens is None else fresh_tokens)
+    assert (found["grid"], found["overlapping"]) == ((132, 1, 1), True)
+    sums = 132 * 4 * 64
+    assert found["slot_stats"].data_ptr() - found["slot_sums"].data_ptr() == 8 * sums
+    assert found["slot_stats"].numel() >= 132 * 4 * 2
+
+
+def test_the_portable_kernels_can_be_asked_for(launched: list[dict[str, Any]]) -> None:
+    run_decode(*operands().values(), options=DecodeOptions(portable=True, blocks=7))
+    assert [found["source"] for found in launched] == ["sm80/decode_attention.cu", "sm80/decode_combine.cu"]
+    assert [found["grid"] for found in launched] == [(7, 1, 1), (7, 3, 1)]
+    assert not any(found["overlapping"] for found in launched)
+
+
 @pytest.mark.parametrize("share", range(1, 33))
 def test_passes_cover_every_query_of_a_kv_head(share: int) -> None:
     shape = DecodeShape.of(1, 2 * share, 2, 64)
@@ -143,7 +205,7 @@ def test_passes_cover_every_query_of_a_kv_head(share: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_specs_fit_the_shared_memory(arch: str) -> None:
     found = specs(arch)
-    assert len(set(found)) == len(found) == 20
+    assert len(set(found)) == len(found) == (36 if arch == "sm_90" else 20)
     for spec in found:
         defines = dict(spec.defines)
         if "WARPS" in defines:
@@ -152,8 +214,11 @@ def test_specs_fit_the_shared_memory(arch: str) -> None:
             assert spec.shared_bytes + 4096 <= shared_bytes_of_sm(arch) - 1024
 
 
-def test_a_hopper_block_keeps_enough_in_flight() -> None:
-    defines = dict(decode_spec("sm_90", 128, 4, 4, torch.float16).defines)
+@pytest.mark.parametrize(
+    "spec", [decode_spec("sm_90", 128, 4, 4, torch.float16), hopper_decode_spec(128, 4, 4, torch.float16)]
+)
+def test_a_hopper_block_keeps_enough_in_flight(spec: KernelSpec) -> None:
+    defines = dict(spec.defines)
     assert 70_000 <= defines["WARPS"] * defines["STAGES"] * page_bytes(128, 4) // 2 <= 160_000
 
 

@@ -24,3 +24,28 @@ DEVICE int32_t load_acquire(const int32_t* from) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
+
+// Accesses in no order with others, past the L1 cache; each word is whole. Addresses are multiples of the size.
+DEVICE void store_relaxed(void* to, const uint32_t (&words)[2]) {
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+}
+
+DEVICE void store_relaxed(void* to, const uint32_t (&words)[4]) {
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+DEVICE void load_relaxed(const void* from, uint32_t (&words)[2]) {
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0,%1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(from)
+                 : "memory");
+}
+
+DEVICE void load_relaxed(const void* from, uint32_t (&words)[4]) {
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(from)
+                 : "memory");
+}

@@ -34,12 +34,11 @@ struct HeadShape {
 
     DEVICE int groups() const { return kv_heads * passes; }
     DEVICE int heads() const { return kv_heads * queries_of_kv; }
-    DEVICE int first_head(int group) const {
-        return group / passes * queries_of_kv + group % passes * queries_of_pass;
-    }
-    DEVICE int queries(int group) const {
-        return min(queries_of_pass, queries_of_kv - group % passes * queries_of_pass);
-    }
+    // Most have one pass, and a division takes long.
+    DEVICE int kv_head(int group) const { return passes == 1 ? group : group / passes; }
+    DEVICE int first_query(int group) const { return passes == 1 ? 0 : group % passes * queries_of_pass; }
+    DEVICE int first_head(int group) const { return kv_head(group) * queries_of_kv + first_query(group); }
+    DEVICE int queries(int group) const { return min(queries_of_pass, queries_of_kv - first_query(group)); }
 };
 
 template <int kThreads>
@@ -51,7 +50,7 @@ struct WorkList {
     // Every thread counts the units of so many consecutive sequences.
     DEVICE int sequences_of_thread() const { return (sequences + kThreads - 1) / kThreads; }
 
-    DEVICE int length(int sequence) const { return max(0, min(__ldg(kv_lens + sequence), max_tokens)); }
+    DEVICE int length(int sequence) const { return max(0, min(kv_lens[sequence], max_tokens)); }
     DEVICE int first_token(int length) const { return window > 0 ? max(0, length - window) : 0; }
     DEVICE int first_block(int length) const { return first_token(length) / kBlockTokens; }
     DEVICE int blocks(int length) const {
@@ -75,7 +74,8 @@ struct WorkList {
         }
         if (lane == kWarpSize - 1) warp_totals[warp] = up_to;
         __syncthreads();
-        for (int i = 0; i < warp; ++i) up_to += warp_totals[i];
+#pragma unroll
+        for (int i = 0; i < kThreads / kWarpSize; ++i) up_to += i < warp ? warp_totals[i] : 0;
         shared_starts[threadIdx.x] = up_to - mine;
         if (threadIdx.x == kThreads - 1) shared_starts[kThreads] = up_to;
         __syncthreads();
@@ -83,19 +83,22 @@ struct WorkList {
         return starts[kThreads];
     }
 
-    // The segment that `unit`, less than the number of all units, is in.
-    DEVICE Segment locate(int unit) const {
-        int low = 0, high = kThreads;  // starts[low] <= unit < starts[high]
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (starts[middle] <= unit) {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
+    // The thread whose sequences `unit`, less than the number of all units, is in; the same in all lanes of a warp.
+    DEVICE int find(int unit) const {
+        constexpr int kWarps = kThreads / kWarpSize;
+        const int lane = threadIdx.x % kWarpSize;
+        const int row = kWarps * (__popc(__ballot_sync(kFullMask, starts[kWarps * lane] <= unit)) - 1);
+        const bool is_before = lane < kWarps && starts[row + min(lane, kWarps - 1)] <= unit;
+        return row + __popc(__ballot_sync(kFullMask, is_before)) - 1;
+    }
+
+    // The segment that `unit` is in, from what find() gave for it or for a unit a little before.
+    DEVICE Segment locate(int unit, int low) const {
+#pragma unroll 1
+        while (starts[low + 1] <= unit) ++low;
         int sequence = low * sequences_of_thread(), start = starts[low];
         int tokens = length(sequence), count = blocks(tokens);
+#pragma unroll 1
         while (unit >= start + count * groups) {
             start += count * groups;
             tokens = length(++sequence);
@@ -105,9 +108,9 @@ struct WorkList {
         return {sequence, group, tokens, first_block(tokens), begin, begin + count};
     }
 
-    // The segment after `segment`, which is not the last.
+    // The segment after `segment`, which is not the last; the same in all lanes of a warp.
     DEVICE Segment following(const Segment& segment) const {
-        if (segment.group + 1 == groups) return locate(segment.end);
+        if (segment.group + 1 == groups) return locate(segment.end, find(segment.end));
         const int count = segment.end - segment.begin;
         return {segment.sequence,    segment.group + 1, segment.length,
                 segment.first_block, segment.end,       segment.end + count};

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, quantize_kv
 from qoq.kernels import extend_batch, extend_plan
-from qoq.kernels.attention import run_decode
+from qoq.kernels.attention import DecodeOptions, run_decode
 from qoq.kernels.attention_oracles import decode_attention_oracle, extend_attention_oracle
 from qoq.kernels.extend import extend_attention, run_extend
 from qoq.kernels.extend_batch import prepare_extend
+from qoq.kernels.launch import is_hopper
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +80,9 @@ class Cache:
     def query(self, rows: int, heads: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(rows, heads, self.head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    def decode(self, query: Tensor, window: int = 0, blocks: int | None = None) -> Tensor:
+    def decode(
+        self, query: Tensor, window: int = 0, options: DecodeOptions | None = None, fresh_tokens: int | None = None
+    ) -> Tensor:
         """Into poisoned memory, which has two rows more that must stay as they are."""
         rows, heads, head_dim = query.shape
         out = torch.empty(rows + 2, heads, head_dim, dtype=query.dtype, device="cuda")
@@ -92,20 +97,28 @@ class Cache:
             self.bits,
             window,
             out=out[1:-1],
-            blocks=blocks,
+            fresh_tokens=fresh_tokens,
+            options=options,
         )
         assert bool((out[[0, -1]].view(torch.uint8) == 0x7F).all())
         return out[1:-1].cpu()
 
     def check(self, query: Tensor, window: int = 0, blocks: int | None = None) -> None:
-        found = self.decode(query, window, blocks)
+        """What runs on this GPU, and the portable kernel where that is another; early starts give the same bits."""
         lens = torch.tensor(self.lens)
         expected = decode_attention_oracle(
             query.cuda(), self.pages.cuda(), self.table.cuda(), lens, self.head_dim**-0.5, self.bits, window
         ).cpu()
-        assert not found[lens == 0].any()
-        for i in range(len(self.lens)):
-            check_close(found[i], expected[i], TOLERANCES[query.dtype], f"sequence {i}, {self.lens[i]} tokens")
+        kernels = (False, True) if is_hopper(torch.cuda.current_device()) else (True,)
+        for portable in kernels:
+            found = self.decode(query, window, DecodeOptions(blocks=blocks, portable=portable))
+            assert not found[lens == 0].any()
+            for i, length in enumerate(self.lens):
+                what = f"sequence {i}, {length} tokens, {'portable' if portable else 'own'} kernel"
+                check_close(found[i], expected[i], TOLERANCES[query.dtype], what)
+            for fresh in (0, 1, 40):
+                same = self.decode(query, window, DecodeOptions(blocks=blocks, portable=portable), fresh)
+                assert torch.equal(same, found)
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -226,6 +239,68 @@ def test_a_cuda_graph_follows_the_lengths(gpu: torch.device) -> None:
         check_close(output, expected, TOLERANCES[torch.float16], f"lengths {other}")
     compiled = torch.compile(lambda q: operator(q, pages, table, lens, 0.1, 4, 0), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query), output)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "bits"), [(32, 8, 128, 4), (6, 2, 64, 8), (16, 1, 64, 4)])
+def test_a_chain_of_steps_that_overlap(gpu: torch.device, heads: int, kv_heads: int, head_dim: int, bits: int) -> None:
+    """Each appends a token and attends at once, in the order of a decode step, without a pause in between."""
+    lens = (700, 1, 63, 64, 65, 95, 2000)
+    cache = Cache(lens, kv_heads, head_dim, bits)
+    pages, table = cache.pages.to(gpu), cache.table.to(gpu)
+    random = torch.Generator(gpu).manual_seed(0)
+    steps, size = 40, (len(lens), kv_heads, head_dim)
+    fresh = torch.randn(steps, 2, *size, generator=random, device=gpu).half()
+    queries = torch.randn(steps, len(lens), heads, head_dim, generator=random, device=gpu).half()
+    rooms = [math.ceil(length / PAGE_SIZE) * PAGE_SIZE for length in lens]
+    at = [torch.tensor([min(n + i, room) for n, room in zip(lens, rooms, strict=True)]) for i in range(steps)]
+    all_lens = torch.stack(at).int().to(gpu)
+    pages_of = table.gather(1, (all_lens.t().long() - 1) // PAGE_SIZE).t()
+    slots = (pages_of.long() * PAGE_SIZE + (all_lens.long() - 1) % PAGE_SIZE).contiguous()
+    before = pages.clone()
+    operator, scale = torch.ops.qoq.overlapping_decode_attention, head_dim**-0.5
+
+    def run(*, synchronize: bool) -> list[Tensor]:
+        pages.copy_(before)
+        torch.cuda.synchronize()
+        found = []
+        for i in range(steps):
+            torch.ops.qoq.append_kv(*fresh[i], pages, slots[i], bits)
+            found.append(operator(queries[i], pages, table, all_lens[i], scale, bits, 0, 1))
+            if synchronize:
+                torch.cuda.synchronize()
+        return found
+
+    expected = run(synchronize=True)
+    last = decode_attention_oracle(queries[-1], pages, table, all_lens[-1], scale, bits)
+    check_close(expected[-1], last, TOLERANCES[torch.float16], "the last step")
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(synchronize=False), expected, strict=True))
+
+
+def test_a_negative_number_of_fresh_tokens_is_refused(gpu: torch.device) -> None:
+    cache = Cache((5,), 2, 64, 4)
+    lens = torch.tensor([5], dtype=torch.int32, device=gpu)
+    query = cache.query(1, 6, torch.float16).to(gpu)
+    with pytest.raises(ValueError, match="fresh_tokens: expected 0 or more, got -1"):
+        torch.ops.qoq.overlapping_decode_attention(query, cache.pages.to(gpu), cache.table.to(gpu), lens, 1.0, 4, 0, -1)
+
+
+def test_a_page_that_does_not_exist_stops_the_kernel(gpu: torch.device) -> None:
+    """In a process of its own, whose CUDA context is then lost."""
+    script = (
+        "import torch, qoq.kernels.attention;"
+        "from qoq.kernels.layouts import page_bytes;"
+        "pages = torch.zeros(4, 2, page_bytes(64, 4), dtype=torch.uint8, device='cuda');"
+        "table = torch.tensor([[0, 4]], dtype=torch.int32, device='cuda');"
+        "query = torch.zeros(1, 6, 64, dtype=torch.float16, device='cuda');"
+        "lens = torch.tensor([64], dtype=torch.int32, device='cuda');"
+        "operator = torch.ops.qoq.paged_decode_attention;"
+        "operator(query, pages, table, lens, 1.0, 4, 0); torch.cuda.synchronize(); print('first');"
+        "operator(query, pages, table, lens + 1, 1.0, 4, 0); torch.cuda.synchronize(); print('second')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.split() == ["first"], done.stderr
+    assert done.returncode != 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
