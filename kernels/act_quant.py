@@ -48,7 +48,7 @@ _ROWS_A_BLOCK = 4
 _MAX_STRIDE = 2**31 - 1
 _VECTORS = ((2048, 2), (4096, 4), (6656, 8))
 """Rows of up to so many vectors of 8 values take a block whose threads hold so many each, in registers."""
-_MANY_ROWS_VECTORS = ((1024, 4), (6656, 8))
+_MANY_ROWS_VECTORS = ((2048, 4), (6656, 8))
 _MANY_ROWS_NORM_VECTORS = ((2048, 4),)
 """The same on Hopper for many rows: more bytes asked for at once take more of the memory's bandwidth."""
 _WARP_VECTORS = ((32, 1), (128, 4))
@@ -57,9 +57,10 @@ _SPLITS = ((4, 2048, 8, 1), (32, 2048, 4, 2))
 """On Hopper, rows longer than _SPLIT_FROM vectors: up to so many rows of up to so many vectors take so many blocks of a
 cluster each, whose threads hold so many vectors: one multiprocessor would take too long."""
 _SPLIT_FROM = 1024
-_FEW_ROWS = 64
-_TURNS = ((2048, 4), (256, 2))
-"""From so many rows on, a block does so many one after the other and then writes tiles of them."""
+_FEW_ROWS = 255
+_TURNS = ((8192, 8192, 4), (256, MAX_K, 2))
+"""From so many rows on of up to so many values, a block does so many one after the other and then writes tiles of them.
+"""
 _BOARD_BYTES = 3 * (64 * 4 + 16)
 """What the warps of a row tell each other (`BoardMemory` of the kernel)."""
 _STAGED_BYTES = 114688
@@ -114,7 +115,14 @@ def row_shape(operation: str, k: int, *, rows: int, tiled: bool, hopper: bool) -
                 return of(vectors, blocks)
     if rows <= _FEW_ROWS:
         return of(fitting(_VECTORS))
-    turns = next((turns for least, turns in _TURNS if tiled and rows >= least and turns * k_pad <= _STAGED_BYTES), 1)
+    turns = next(
+        (
+            turns
+            for least, longest, turns in _TURNS
+            if tiled and rows >= least and k <= longest and turns * k_pad <= _STAGED_BYTES
+        ),
+        1,
+    )
     return of(fitting(_MANY_ROWS_NORM_VECTORS if is_norm else _MANY_ROWS_VECTORS), turns=turns)
 
 
@@ -148,8 +156,10 @@ def specs(architecture: str) -> list[KernelSpec]:
     """All that can be asked for, each with its largest block: a smaller one is a launch of the same compiled kernel."""
     hopper = architecture == "sm_90"
     limits = {limit for table in (_WARP_VECTORS, _VECTORS, _MANY_ROWS_VECTORS) for limit, _ in table}
-    limits |= {limit for _, limit, _, _ in _SPLITS} | {_STAGED_BYTES // turns // _VECTOR for _, turns in _TURNS}
-    numbers = [1, _FEW_ROWS + 1, *(most + n for most, *_ in _SPLITS for n in (0, 1)), *(least for least, _ in _TURNS)]
+    limits |= {limit for _, limit, _, _ in _SPLITS} | {
+        min(_STAGED_BYTES // turns, longest) // _VECTOR for _, longest, turns in _TURNS
+    }
+    numbers = [1, _FEW_ROWS + 1, *(most + n for most, *_ in _SPLITS for n in (0, 1)), *(least for least, *_ in _TURNS)]
     largest: dict[tuple[tuple[str, int], ...], KernelSpec] = {}
     for operation in OPERATIONS:
         for dtype in _IN_FORMATS:
