@@ -4,17 +4,21 @@
     qoq::silu_mul_quantize       of silu(gate) * up: the input of down_proj
     qoq::rms_norm_quantize       of RMSNorm(x): the input of a block's first linears
     qoq::add_rms_norm_quantize   the same after a residual is added, and the sum for the next residual
-    qoq::quantize_activation_tiled   of x, codes in the order of Hopper's products (`qoq.kernels.tiles`)
 
-Each of the others returns act_codes int8 [M, K_pad] (K padded with zeros to a multiple of 128), act_scales float32 [M]
-and act_sums int32 [M], bit for bit what `formats.arithmetic.quantize_activation` gives on the CPU for the values
-quantized. A NaN or an infinity among them makes the token's scale NaN or infinite, with codes 0, so that every output
-of the token is NaN.
+Each returns act_codes int8 [M, K_pad] (K padded with zeros to a multiple of 128), act_scales float32 [M] and act_sums
+int32 [M], bit for bit what `formats.arithmetic.quantize_activation` gives on the CPU for the values quantized. With
+`tiled` the same codes come in the order that Hopper's products read (`qoq.kernels.tiles`), those of tokens that fill
+the last eight unwritten. A NaN or an infinity among the values makes the token's scale NaN or infinite, with codes 0,
+so that every output of the token is NaN.
 
 The values are rounded to x's dtype at each step, as transformers' modules round: silu(gate) before the product,
 x / sqrt(mean(x^2) + eps) before the weight, the residual sum before its norm. Sums of squares are float32 in an order
-that depends on K alone: a token's result depends neither on M nor on the run. That order is not PyTorch's, nor is the
-approximation of exp: now and then a normalized value, or a silu, differs from PyTorch's in its last place.
+that depends on K alone: a token's result depends neither on M nor on the run, nor on how threads share its row. That
+order is not PyTorch's, nor are the approximations of exp and 1 / sqrt: now and then a normalized value, or a silu,
+differs from PyTorch's in its last place.
+
+From Hopper on, launches overlap: a kernel starts while the one before ends, and waits for it before it reads or writes
+anything of its operands.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from torch import Tensor
 
 from qoq.formats.packing import padded_in_features
 from qoq.kernels.compiler import KernelSpec
-from qoq.kernels.launch import load_kernel
+from qoq.kernels.launch import is_hopper, load_kernel, may_overlap
 from qoq.kernels.tiles import activation_tiles_shape
 
 MAX_K = 53248
@@ -44,8 +48,23 @@ _ROWS_A_BLOCK = 4
 _MAX_STRIDE = 2**31 - 1
 _VECTORS = ((2048, 2), (4096, 4), (6656, 8))
 """Rows of up to so many vectors of 8 values take a block whose threads hold so many each, in registers."""
+_MANY_ROWS_VECTORS = ((2048, 4), (6656, 8))
+_MANY_ROWS_NORM_VECTORS = ((2048, 4),)
+"""The same on Hopper for many rows: more bytes asked for at once take more of the memory's bandwidth."""
 _WARP_VECTORS = ((32, 1), (128, 4))
 """Shorter rows take one warp, several rows a block."""
+_SPLITS = ((4, 2048, 8, 1), (32, 2048, 4, 2))
+"""On Hopper, rows longer than _SPLIT_FROM vectors: up to so many rows of up to so many vectors take so many blocks of a
+cluster each, whose threads hold so many vectors: one multiprocessor would take too long."""
+_SPLIT_FROM = 1024
+_FEW_ROWS = 255
+_TURNS = ((8192, 8192, 4), (256, MAX_K, 2))
+"""From so many rows on of up to so many values, a block does so many one after the other and then writes tiles of them.
+"""
+_BOARD_BYTES = 3 * (64 * 4 + 16)
+"""What the warps of a row tell each other (`BoardMemory` of the kernel)."""
+_STAGED_BYTES = 114688
+"""That so many codes of a block may take: two blocks share a multiprocessor."""
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 """act_codes, act_scales, act_sums."""
@@ -53,30 +72,68 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RowShape:
-    """How the threads of a block share rows: `vectors` of 8 values a thread, `rows` a block, `warps` a row."""
+    """How threads share rows: `vectors` of 8 values a thread, `warps` a row in each of `blocks`; a block does `rows` at
+    once or `turns` one after the other."""
 
     vectors: int
     warps: int
-    rows: int
+    rows: int = 1
+    blocks: int = 1
+    turns: int = 1
 
     @property
     def threads(self) -> int:
+        """Of a block."""
         return 32 * self.warps * self.rows
+
+    def grid(self, m: int) -> int:
+        """Blocks for M rows."""
+        return math.ceil(m / (self.rows * self.turns)) * self.blocks
 
 
 @cache
-def row_shape(k: int) -> RowShape:
-    """The shape for rows of K values. It depends on K alone, and so does the order of sums."""
-    vectors_of_row = padded_in_features(k) // _VECTOR
+def row_shape(operation: str, k: int, *, rows: int, tiled: bool, hopper: bool) -> RowShape:
+    """The shape for so many rows of K values. Results do not depend on it."""
+    k_pad = padded_in_features(k)
+    vectors_of_row = k_pad // _VECTOR
     for limit, vectors in _WARP_VECTORS:
         if vectors_of_row <= limit:
             return RowShape(vectors, warps=1, rows=_ROWS_A_BLOCK)
-    vectors = next(vectors for limit, vectors in _VECTORS if vectors_of_row <= limit)
-    return RowShape(vectors, warps=math.ceil(vectors_of_row / (32 * vectors)), rows=1)
+
+    def of(vectors: int, blocks: int = 1, turns: int = 1) -> RowShape:
+        return RowShape(vectors, math.ceil(vectors_of_row / (32 * vectors * blocks)), blocks=blocks, turns=turns)
+
+    def fitting(table: tuple[tuple[int, int], ...]) -> int:
+        return next(vectors for limit, vectors in table if vectors_of_row <= limit)
+
+    if not hopper:
+        return of(fitting(_VECTORS))
+    is_norm = operation.endswith("rms_norm")
+    if not is_norm and vectors_of_row > _SPLIT_FROM:
+        for most_rows, longest, blocks, vectors in _SPLITS:
+            if rows <= most_rows and vectors_of_row <= longest:
+                return of(vectors, blocks)
+    if rows <= _FEW_ROWS:
+        return of(fitting(_VECTORS))
+    turns = next(
+        (
+            turns
+            for least, longest, turns in _TURNS
+            if tiled and rows >= least and k <= longest and turns * k_pad <= _STAGED_BYTES
+        ),
+        1,
+    )
+    return of(fitting(_MANY_ROWS_NORM_VECTORS if is_norm else _MANY_ROWS_VECTORS), turns=turns)
 
 
 def spec(
-    operation: str, dtype: torch.dtype, shape: RowShape, *, store_values: bool = False, tiled: bool = False
+    operation: str,
+    dtype: torch.dtype,
+    shape: RowShape,
+    k: int,
+    *,
+    store_values: bool = False,
+    tiled: bool = False,
 ) -> KernelSpec:
     """The instantiation for inputs of `dtype`; with `store_values`, for tests, it also writes what it quantizes."""
     defines = {
@@ -84,25 +141,36 @@ def spec(
         "IN_FORMAT": _IN_FORMATS.index(dtype),
         "VECTORS": shape.vectors,
         "WARP_ROWS": int(shape.rows > 1),
+        "SPLIT": shape.blocks,
+        "TURNS": shape.turns,
         "STORE_VALUES": int(store_values),
         "TILED": int(tiled),
     }
-    return KernelSpec("sm80/act_quant.cu", "qoq_act_quant_sm80", tuple(defines.items()), shape.threads)
+    shared = 0 if shape.rows > 1 else _BOARD_BYTES
+    if shape.turns > 1:
+        shared += shape.turns * padded_in_features(k)
+    return KernelSpec("sm80/act_quant.cu", "qoq_act_quant_sm80", tuple(defines.items()), shape.threads, shared)
 
 
 def specs(architecture: str) -> list[KernelSpec]:
     """All that can be asked for, each with its largest block: a smaller one is a launch of the same compiled kernel."""
-    largest = [row_shape(_VECTOR * limit) for limit, _ in _WARP_VECTORS + _VECTORS]
-    orders = [(operation, False) for operation in OPERATIONS]
-    if architecture == "sm_90":
-        orders.append(("plain", True))
-    return [
-        spec(operation, dtype, shape, tiled=tiled)
-        for operation, tiled in orders
-        for dtype in _IN_FORMATS
-        for shape in largest
-        if 32 * _VECTOR * shape.vectors * shape.warps <= max_k(operation)
-    ]
+    hopper = architecture == "sm_90"
+    limits = {limit for table in (_WARP_VECTORS, _VECTORS, _MANY_ROWS_VECTORS) for limit, _ in table}
+    limits |= {limit for _, limit, _, _ in _SPLITS} | {
+        min(_STAGED_BYTES // turns, longest) // _VECTOR for _, longest, turns in _TURNS
+    }
+    numbers = [1, _FEW_ROWS + 1, *(most + n for most, *_ in _SPLITS for n in (0, 1)), *(least for least, *_ in _TURNS)]
+    largest: dict[tuple[tuple[str, int], ...], KernelSpec] = {}
+    for operation in OPERATIONS:
+        for dtype in _IN_FORMATS:
+            for tiled in (False, True) if hopper else (False,):
+                for k in sorted(_VECTOR * limit for limit in limits if _VECTOR * limit <= max_k(operation)):
+                    for rows in numbers:
+                        shape = row_shape(operation, k, rows=rows, tiled=tiled, hopper=hopper)
+                        found = spec(operation, dtype, shape, k, tiled=tiled)
+                        if found.defines not in largest or largest[found.defines].threads < found.threads:
+                            largest[found.defines] = found
+    return list(largest.values())
 
 
 def max_k(operation: str) -> int:
@@ -111,63 +179,60 @@ def max_k(operation: str) -> int:
 
 
 @torch.library.custom_op("qoq::quantize_activation", mutates_args=(), device_types="cuda")
-def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activation(x: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and sums of x [M, K], float16 or bfloat16, K a multiple of 8."""
-    return run_quantizer("plain", x)[:3]
-
-
-@torch.library.custom_op("qoq::quantize_activation_tiled", mutates_args=(), device_types="cuda")
-def quantize_activation_tiled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 as `tiles.tile_activations` has them, scales and sums of x [M, K], as `quantize_activation`."""
-    return run_quantizer("plain", x, tiled=True)[:3]
+    return run_quantizer("plain", x, tiled=tiled)[:3]
 
 
 @torch.library.custom_op("qoq::silu_mul_quantize", mutates_args=(), device_types="cuda")
-def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def silu_mul_quantize(gate_up: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and sums of silu(gate) * up; gate_up [M, 2 K] holds gate in its first K columns, up in its last."""
-    return run_quantizer("silu_mul", gate_up)[:3]
+    return run_quantizer("silu_mul", gate_up, tiled=tiled)[:3]
 
 
 @torch.library.custom_op("qoq::rms_norm_quantize", mutates_args=(), device_types="cuda")
-def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and sums of RMSNorm(x) [M, K], with weight [K] in x's dtype."""
-    return run_quantizer("rms_norm", x, weight=weight, eps=eps)[:3]
+    return run_quantizer("rms_norm", x, weight=weight, eps=eps, tiled=tiled)[:3]
 
 
 @torch.library.custom_op("qoq::add_rms_norm_quantize", mutates_args=(), device_types="cuda")
 def add_rms_norm_quantize(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, tiled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales and sums of RMSNorm(x + residual), and the sum itself [M, K] in x's dtype."""
-    codes, scales, sums, added = run_quantizer("add_rms_norm", x, residual=residual, weight=weight, eps=eps)
+    codes, scales, sums, added = run_quantizer(
+        "add_rms_norm", x, residual=residual, weight=weight, eps=eps, tiled=tiled
+    )
     if added is None:
         raise RuntimeError("add_rms_norm makes a sum")
     return codes, scales, sums, added
 
 
 @quantize_activation.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, x.shape[1])
-
-
-@quantize_activation_tiled.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, x.shape[1], tiled=True)
+def _(x: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, x.shape[1], tiled=tiled)
 
 
 @silu_mul_quantize.register_fake
-def _(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(gate_up, gate_up.shape[1] // 2)
+def _(gate_up: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(gate_up, gate_up.shape[1] // 2, tiled=tiled)
 
 
 @rms_norm_quantize.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return _outputs(x, x.shape[1])
+def _(x: Tensor, weight: Tensor, eps: float, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    return _outputs(x, x.shape[1], tiled=tiled)
 
 
 @add_rms_norm_quantize.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return (*_outputs(x, x.shape[1]), x.new_empty(x.shape[0], x.shape[1]))
+def _(
+    x: Tensor,
+    residual: Tensor,  # noqa: ARG001
+    weight: Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    tiled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_outputs(x, x.shape[1], tiled=tiled), x.new_empty(x.shape[0], x.shape[1]))
 
 
 def run_quantizer(
@@ -180,12 +245,14 @@ def run_quantizer(
     values: Tensor | None = None,
     out: Quantized | None = None,
     tiled: bool = False,
+    shape: RowShape | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Check the operands and launch one of OPERATIONS. The fourth result is the sum with the residual, if there is one.
 
     values  for tests: [M, K] in x's dtype, receives what is quantized
     out     for tests: where to write, else new tensors
     tiled   codes in the order of Hopper's products; those of tokens that fill the last eight are not written
+    shape   for tests: how threads share rows
     Raises ValueError, before any launch, for operands that the kernel cannot take.
     """
     k = check_operands(operation, x, residual=residual, weight=weight, eps=eps)
@@ -194,11 +261,11 @@ def run_quantizer(
     added = None if residual is None else x.new_empty(m, k)
     if m == 0:
         return codes, scales, sums, added
-    shape = row_shape(k)
-    kernel = load_kernel(spec(operation, x.dtype, shape, store_values=values is not None, tiled=tiled), device)
+    shape = shape or row_shape(operation, k, rows=m, tiled=tiled, hopper=is_hopper(device))
+    kernel = load_kernel(spec(operation, x.dtype, shape, k, store_values=values is not None, tiled=tiled), device)
     with torch.cuda.device(device):
         kernel.launch(
-            (math.ceil(m / shape.rows), 1, 1),
+            (shape.grid(m), 1, 1),
             (
                 x,
                 residual,
@@ -215,6 +282,7 @@ def run_quantizer(
                 0 if residual is None else _row_stride(residual),
                 float(eps),
             ),
+            overlapping=may_overlap(device),
         )
     return codes, scales, sums, added
 

@@ -41,7 +41,7 @@ from qoq.kernels.kv_operands import (
     check_round_trip,
     token_stride,
 )
-from qoq.kernels.launch import load_kernel
+from qoq.kernels.launch import load_kernel, may_overlap
 from qoq.kernels.layouts import HEAD_DIMS, KV_BITS, PAGE_SIZE
 
 _THREADS = 128
@@ -142,6 +142,7 @@ def run_append(
             *(None, key, value, None, None, None, slots, kv_pages, None, None, None),
             *(tokens, 0, num_kv_heads, 0, token_stride(key), token_stride(value), 0, kv_pages.shape[0]),
         ),
+        waits=True,
     )
 
 
@@ -218,6 +219,7 @@ def run_rope_append(
             *(tokens, num_heads, num_kv_heads, token_stride(query), token_stride(key), token_stride(value)),
             *(cos.shape[0], kv_pages.shape[0]),
         ),
+        waits=True,
     )
 
 
@@ -322,8 +324,20 @@ def _lanes(head_dim: int) -> int:
     return next(lanes for lanes in LANES if head_dim <= lanes * VECTOR)
 
 
-def _launch(spec: KernelSpec, heads: int, lanes: int, on: Tensor, arguments: tuple[Tensor | int | None, ...]) -> None:
-    """Launch a kernel with `lanes` threads for each of `heads`, on the device of `on`."""
+def _launch(
+    spec: KernelSpec,
+    heads: int,
+    lanes: int,
+    on: Tensor,
+    arguments: tuple[Tensor | int | None, ...],
+    *,
+    waits: bool = False,
+) -> None:
+    """Launch a kernel with `lanes` threads for each of `heads`, on the device of `on`.
+
+    waits: it waits by itself for the kernel before, and may start while that ends where the device can do so.
+    """
     blocks = math.ceil(heads / (_THREADS // lanes))
+    device = on.device.index
     with torch.cuda.device(on.device):
-        load_kernel(spec, on.device.index).launch((blocks, 1, 1), arguments)
+        load_kernel(spec, device).launch((blocks, 1, 1), arguments, overlapping=waits and may_overlap(device))

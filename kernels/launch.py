@@ -104,6 +104,12 @@ def is_hopper(device: int) -> bool:
 
 
 @cache
+def may_overlap(device: int) -> bool:
+    """Whether kernels that wait for the one before may be launched overlapping: from Hopper on."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
 def num_sms(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 

@@ -214,7 +214,7 @@ class QoQLinear(nn.Module):
         rows = x.reshape(-1, self.in_features).contiguous()
         if self._tiles is not None:
             y: Tensor = torch.ops.qoq.w4a8_gemm_sm90(
-                *torch.ops.qoq.quantize_activation_tiled(rows),
+                *torch.ops.qoq.quantize_activation(rows, tiled=True),
                 self._tiles,
                 self.s1_scales,
                 None if self.progressive else self.s1_szeros,

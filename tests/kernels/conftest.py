@@ -28,15 +28,11 @@ class Operators:
             self.defects[name](result)
         return result
 
-    def quantize_activation(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize_activation(self, x: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         assert x.is_contiguous()
         act = arithmetic.quantize_activation(x)
         codes = self._finish("quantize_activation", pad(act.codes, (0, -x.shape[1] % 128)))
-        return codes, act.scales, act.sums
-
-    def quantize_activation_tiled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scales, sums = self.quantize_activation(x)
-        return tile_activations(codes), scales, sums
+        return tile_activations(codes) if tiled else codes, act.scales, act.sums
 
     def kv_round_trip(self, x: Tensor, bits: int, key_rotation: Any = "none") -> Tensor:
         assert x.is_contiguous()
@@ -107,7 +103,6 @@ def cpu_operators() -> Iterator[Operators]:
     with torch.library._scoped_library("qoq", "IMPL") as library:
         for name in (
             "quantize_activation",
-            "quantize_activation_tiled",
             "w4a8_gemm",
             "w4a8_gemm_int32",
             "w4a8_gemm_sm90",

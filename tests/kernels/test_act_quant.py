@@ -14,6 +14,7 @@ from qoq.formats.packing import padded_in_features
 from qoq.kernels import act_quant
 from qoq.kernels.act_oracles import add_oracle, quantize_oracle, rms_norm_oracle, round_to, silu_mul_oracle
 from qoq.kernels.compiler import compile_all, nvrtc_version
+from qoq.kernels.tiles import activation_tiles_shape
 from qoq.recipes.errors import EnvironmentProblem
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -128,18 +129,35 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
     return odd.astype(np.float32)
 
 
-def kernel_codes(x: np.ndarray, amax: np.ndarray) -> np.ndarray:
-    """`Scale` of sm80/act_quant.cu, step by step, for float32 x and the amax of its row."""
+def kernel_scale(amax: np.ndarray) -> np.ndarray:
+    """`divided_by_127` of sm80/act_quant.cu, for amax from its smallest scale on."""
+    inverse, divisor = np.float32(1) / np.float32(127), np.full_like(amax, 127)
+    quotient = amax * inverse
+    rest = fused_multiply_add(-quotient, divisor, amax)
+    return fused_multiply_add(rest, np.full_like(amax, inverse), quotient)
+
+
+def kernel_codes(x: np.ndarray, amax: np.ndarray, ulps: int = 0) -> np.ndarray:
+    """`Scale` of sm80/act_quant.cu, step by step, for float32 x and the amax of its row.
+
+    The reciprocal is an approximation, off by some ulps.
+    """
     one, rounder = np.float32(1), np.float32(12582912)
     value = amax / np.float32(127)
     value = np.where(value == 0, one, value)
-    lift = np.where(value < np.float32(2.0**-100), np.float32(2.0**100), one)
+    lift = np.where(value < 2.0**-100, np.float32(2.0**100), np.where(value > 2.0**80, np.float32(2.0**-60), one))
     lifted, x = value * lift, x * lift
-    inverse = one / lifted
-    quotient = x * inverse
-    rest = fused_multiply_add(-quotient, np.broadcast_to(lifted, x.shape), x)
-    corrected = fused_multiply_add(rest, np.broadcast_to(inverse, x.shape), quotient)
-    return (corrected + rounder).view(np.int32).astype(np.int8)  # the low byte
+    inverse = ((one / lifted).view(np.int32) + ulps).view(np.float32)
+    rest = fused_multiply_add(-inverse, lifted, np.ones_like(lifted)) * inverse
+    quotient = fused_multiply_add(x, np.broadcast_to(inverse, x.shape), x * rest)
+    return (quotient + rounder).view(np.int32).astype(np.int8)  # the low byte
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_amax_is_divided_as_by_a_division(dtype: torch.dtype) -> None:
+    numbers = all_numbers(dtype).float().numpy()
+    amax = numbers[numbers >= 2.0**-100]
+    assert np.array_equal(kernel_scale(amax), amax / np.float32(127))
 
 
 @pytest.mark.parametrize(
@@ -147,10 +165,10 @@ def kernel_codes(x: np.ndarray, amax: np.ndarray) -> np.ndarray:
     [(torch.float16, [0]), (torch.bfloat16, [-126, -125, -101, -100, -99, -94, -93, -92, -30, 0, 100, 127])],
     ids=str,
 )
-def test_reciprocal_and_correction_equal_division_for_every_pair(dtype: torch.dtype, exponents: list[int]) -> None:
-    """Every x and amax, up to a common power of two, which changes nothing above scale 2**-100.
+def test_both_parts_of_a_reciprocal_equal_division_for_every_pair(dtype: torch.dtype, exponents: list[int]) -> None:
+    """Every x and amax, up to a common power of two, which changes nothing between the smallest and largest scale.
 
-    |x| < amax / 256 has code 0 whatever the last places of the quotient are.
+    |x| < amax / 256 has code 0 whatever the last places of the quotient are. The reciprocal may be off by an ulp.
     """
     places = 11 if dtype == torch.float16 else 8
     significands = np.arange(1 << (places - 1), 1 << places, dtype=np.float32)
@@ -165,8 +183,9 @@ def test_reciprocal_and_correction_equal_division_for_every_pair(dtype: torch.dt
             rows = np.minimum(x[None, :], amax)
             expected = np.rint(rows / (amax / np.float32(127)))
             assert expected.max() == 127
-            for sign in (1, -1):
-                assert np.array_equal(kernel_codes(rows * np.float32(sign), amax), (sign * expected).astype(np.int8))
+            for sign, ulps in ((1, -1), (1, 0), (1, 1), (-1, 0)):
+                codes = kernel_codes(rows * np.float32(sign), amax, ulps)
+                assert np.array_equal(codes, (sign * expected).astype(np.int8))
 
 
 def test_subnormal_rows_of_bfloat16_are_lifted() -> None:
@@ -180,30 +199,64 @@ def test_subnormal_rows_of_bfloat16_are_lifted() -> None:
 # ---- blocks
 
 
-def test_every_row_fits_its_threads() -> None:
-    for k in range(8, act_quant.MAX_K + 1, 8):
-        shape = act_quant.row_shape(k)
-        assert 32 * shape.warps * shape.vectors * 8 >= padded_in_features(k)
-        assert shape.threads <= (128 if shape.rows > 1 else 832 if shape.vectors > 4 else 1024)
-        assert shape.warps == 1 or shape.rows == 1
+NUMBERS = (1, 4, 5, 16, 32, 33, 64, 65, 255, 256, 8191, 8192, 100_000)
+"""Of rows: around all that shapes depend on."""
 
 
-def test_specs_hold_every_kernel_that_can_be_asked_for() -> None:
-    offered = {spec.defines for spec in act_quant.specs("sm_90")}
-    asked = {
-        act_quant.spec(operation, dtype, act_quant.row_shape(k)).defines
-        for operation in act_quant.OPERATIONS
-        for dtype in DTYPES
-        for k in range(8, act_quant.max_k(operation) + 1, 8)
-    }
-    tiled = {
-        act_quant.spec("plain", dtype, act_quant.row_shape(k), tiled=True).defines
-        for dtype in DTYPES
-        for k in range(8, act_quant.MAX_K + 1, 8)
-    }
-    assert offered == asked | tiled
-    assert {spec.defines for spec in act_quant.specs("sm_80")} == asked
-    assert len(act_quant.specs("sm_90")) == len(offered)
+def asked(operation: str, dtype: torch.dtype, *, hopper: bool) -> dict[tuple[tuple[str, int], ...], int]:
+    """Kernels for any K and number of rows, and the largest block that each is launched with."""
+    found: dict[tuple[tuple[str, int], ...], int] = {}
+    for tiled in (False, True) if hopper else (False,):
+        for k in range(8, act_quant.max_k(operation) + 1, 128 if hopper else 8):
+            for rows in NUMBERS:
+                shape = act_quant.row_shape(operation, k, rows=rows, tiled=tiled, hopper=hopper)
+                spec = act_quant.spec(operation, dtype, shape, k, tiled=tiled)
+                found[spec.defines] = max(found.get(spec.defines, 0), spec.threads)
+    return found
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("operation", act_quant.OPERATIONS)
+def test_every_row_fits_its_threads(operation: str, hopper: bool) -> None:
+    for k in range(8, act_quant.max_k(operation) + 1, 8):
+        k_pad = padded_in_features(k)
+        for rows in NUMBERS:
+            shape = act_quant.row_shape(operation, k, rows=rows, tiled=hopper, hopper=hopper)
+            warps = shape.warps * shape.blocks
+            assert 32 * warps * shape.vectors * 8 >= k_pad
+            few = operation.endswith("rms_norm") and shape.vectors > 2
+            assert shape.threads <= (128 if shape.rows > 1 else 832 if shape.vectors > 4 else 512 if few else 1024)
+            assert shape.rows == 1 or shape.warps == shape.blocks == shape.turns == 1
+            slots = warps * (shape.vectors if operation.endswith("rms_norm") else 1)  # of `Board` in the kernel
+            assert shape.rows > 1 or (slots <= 64 and (shape.blocks > 1 or warps <= 32))
+            assert hopper or shape.blocks == shape.turns == 1
+            assert shape.turns == 1 or shape.blocks == 1
+            assert act_quant.spec(operation, torch.float16, shape, k, tiled=hopper).shared_bytes <= 232448
+            assert shape.grid(rows) * shape.rows * shape.turns >= rows * shape.blocks
+
+
+@pytest.mark.parametrize("operation", act_quant.OPERATIONS)
+def test_orders_of_sums_depend_on_k_alone(operation: str) -> None:
+    """Sums of squares go by 256 columns: in a warp that has the row, one after the other, else as `total` adds them."""
+    for k in (8, 1024, 1032, 4096, 16384):
+        shapes = [
+            act_quant.row_shape(operation, k, rows=rows, tiled=tiled, hopper=hopper)
+            for rows in NUMBERS
+            for tiled in (False, True)
+            for hopper in (False, True)
+        ]
+        assert len({shape.rows > 1 for shape in shapes}) == 1
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_specs_hold_every_kernel_that_can_be_asked_for(hopper: bool) -> None:
+    specs = act_quant.specs("sm_90" if hopper else "sm_80")
+    wanted: dict[tuple[tuple[str, int], ...], int] = {}
+    for operation in act_quant.OPERATIONS:
+        for dtype in DTYPES:
+            wanted |= asked(operation, dtype, hopper=hopper)
+    assert {spec.defines: spec.threads for spec in specs} == wanted
+    assert len(specs) == len(wanted)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -284,15 +337,17 @@ def test_rows_of_a_larger_tensor_are_taken() -> None:
 def test_fake_tensors_have_the_shapes_of_results(dtype: torch.dtype, m: int) -> None:
     x, weight = torch.empty(m, 576, dtype=dtype, device="meta"), torch.empty(576, dtype=dtype, device="meta")
     operators = torch.ops.qoq
-    results = [
-        operators.quantize_activation(x),
-        operators.silu_mul_quantize(torch.empty(m, 2 * 576, dtype=dtype, device="meta")),
-        operators.rms_norm_quantize(x, weight, 1e-6),
-        operators.add_rms_norm_quantize(x, x, weight, 1e-6),
-    ]
-    for codes, scales, sums, *added in results:
-        assert (codes.dtype, tuple(codes.shape)) == (torch.int8, (m, 640))
-        assert (scales.dtype, tuple(scales.shape)) == (torch.float32, (m,))
-        assert (sums.dtype, tuple(sums.shape)) == (torch.int32, (m,))
-        assert all((t.dtype, tuple(t.shape)) == (dtype, (m, 576)) for t in added)
-    assert [len(result) for result in results] == [3, 3, 3, 4]
+    gate_up = torch.empty(m, 2 * 576, dtype=dtype, device="meta")
+    for options, shape in (({}, (m, 640)), ({"tiled": True}, activation_tiles_shape(m, 640))):
+        results = [
+            operators.quantize_activation(x, **options),
+            operators.silu_mul_quantize(gate_up, **options),
+            operators.rms_norm_quantize(x, weight, 1e-6, **options),
+            operators.add_rms_norm_quantize(x, x, weight, 1e-6, **options),
+        ]
+        for codes, scales, sums, *added in results:
+            assert (codes.dtype, tuple(codes.shape)) == (torch.int8, shape)
+            assert (scales.dtype, tuple(scales.shape)) == (torch.float32, (m,))
+            assert (sums.dtype, tuple(sums.shape)) == (torch.int32, (m,))
+            assert all((t.dtype, tuple(t.shape)) == (dtype, (m, 576)) for t in added)
+        assert [len(result) for result in results] == [3, 3, 3, 4]

@@ -1,5 +1,6 @@
-// Rows of 16-bit values as vectors of four pairs, and arithmetic on pairs that rounds each result to their format.
+// Rows of 16-bit values as vectors of four pairs.
 #pragma once
+#include "common/global_memory.cuh"
 #include "common/types.cuh"
 
 constexpr int kVectorValues = 8, kPairs = kVectorValues / 2;
@@ -20,14 +21,15 @@ DEVICE void store_values(uint16_t* x, const Values& v) {
     *reinterpret_cast<uint4*>(x) = make_uint4(v.pairs[0], v.pairs[1], v.pairs[2], v.pairs[3]);
 }
 
-template <class Format>
-DEVICE uint32_t add(uint32_t a, uint32_t b) {
-    return Format::pair(__fadd_rn(low_value<Format>(a), low_value<Format>(b)),
-                        __fadd_rn(high_value<Format>(a), high_value<Format>(b)));
+// In place, and gone from the L1 afterwards: of what an earlier kernel wrote, and of what is read once. Zeros where not
+// `valid`.
+DEVICE Values load_values_once(const uint16_t* x, bool valid) {
+    const uint4 v = load_16_once(x, valid);
+    return {{v.x, v.y, v.z, v.w}};
 }
 
-template <class Format>
-DEVICE uint32_t multiply(uint32_t a, uint32_t b) {
-    return Format::pair(__fmul_rn(low_value<Format>(a), low_value<Format>(b)),
-                        __fmul_rn(high_value<Format>(a), high_value<Format>(b)));
+// In place as well, of what is read again.
+DEVICE Values load_values(const uint16_t* x, bool valid) {
+    const uint4 v = load_16(x, valid);
+    return {{v.x, v.y, v.z, v.w}};
 }

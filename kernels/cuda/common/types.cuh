@@ -56,6 +56,13 @@ DEVICE uint32_t kept(uint32_t x) {
     return x;
 }
 
+// An address that is there before what is volatile and follows.
+template <class T>
+DEVICE T* kept(T* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
+}
+
 template <class Format>
 DEVICE float low_value(uint32_t pair) {
     return Format::value(static_cast<uint16_t>(pair & 0xFFFFu));

@@ -9,23 +9,32 @@
 // HEAD_DIM  64, 128          IN_FORMAT  0 float16, 1 bfloat16
 // BITS      4, 8             ROPE       1: apply it, and write query_out, key_out, value_out; 0: keys have had it
 //                            ROTATE     1: Hadamard rotation of keys and queries; 0: none
+#include "common/dependent_launch.cuh"
+#include "common/global_memory.cuh"
 #include "common/hadamard.cuh"
 #include "common/kv_page.cuh"
 #include "common/kv_quantize.cuh"
+#include "common/packed.cuh"
 #include "common/pairs.cuh"
 #include "common/types.cuh"
 
 using Format = FormatOf<IN_FORMAT>::Type;
+using Pair = Packed<Format>;
 using Page = KvPage<HEAD_DIM, BITS>;
 constexpr int kThreads = 128;
 constexpr int kLanes = HEAD_DIM / kVectorValues;
 constexpr int kHalf = HEAD_DIM / 2;  // dimensions d and d + kHalf turn together
 constexpr uint32_t kSigns = 0x80008000u;
 
-// Eight neighbours of a float32 table, rounded to Format.
-DEVICE Values load_rounded(const float* table) {
-    const float4 a = reinterpret_cast<const float4*>(table)[0], b = reinterpret_cast<const float4*>(table)[1];
-    return {{Format::pair(a.x, a.y), Format::pair(a.z, a.w), Format::pair(b.x, b.y), Format::pair(b.z, b.w)}};
+DEVICE uint32_t rounded(uint32_t low, uint32_t high) {
+    return Format::pair(__uint_as_float(low), __uint_as_float(high));
+}
+
+// Eight neighbours of a float32 table, rounded to Format; NaN where there are none.
+DEVICE Values load_rounded(const float* table, bool valid) {
+    const uint4 a = load_16(table, valid), b = load_16(table + 4, valid);
+    const uint32_t nan = valid ? 0u : 0x7FC07FC0u;  // of either format
+    return {{nan | rounded(a.x, a.y), nan | rounded(a.z, a.w), nan | rounded(b.x, b.y), nan | rounded(b.z, b.w)}};
 }
 
 // x * cos + rotate_half(x) * sin, every step rounded to Format, as transformers' apply_rotary_pos_emb.
@@ -34,8 +43,8 @@ DEVICE void apply_rope(Values& v, const Values& partner, const Values& cosines, 
     const uint32_t sign = is_lower_half ? kSigns : 0u;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
-        v.pairs[i] = add<Format>(multiply<Format>(v.pairs[i], cosines.pairs[i]),
-                                 multiply<Format>(partner.pairs[i] ^ sign, sines.pairs[i]));
+        v.pairs[i] = Pair::sum(Pair::product(v.pairs[i], cosines.pairs[i]),
+                               Pair::product(partner.pairs[i] ^ sign, sines.pairs[i]));
 }
 
 // Codes of dimensions 8 * lane .. 8 * lane + 7 of the key of a token.
@@ -72,13 +81,12 @@ DEVICE void store_value_codes(uint8_t* page, int token, int lane, const uint32_t
 // A token goes to token slot % 64 of page slot / 64; one with a negative slot goes nowhere. A slot beyond the pages
 // stops the kernel. A position outside the tables makes query and key NaN.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    qoq_kv_append_sm80(const uint16_t* __restrict__ query, const uint16_t* __restrict__ key,
-                       const uint16_t* __restrict__ value, const float* __restrict__ cosines,
-                       const float* __restrict__ sines, const int32_t* __restrict__ positions,
-                       const int64_t* __restrict__ slots, uint8_t* __restrict__ pages, uint16_t* __restrict__ query_out,
-                       uint16_t* __restrict__ key_out, uint16_t* __restrict__ value_out, int tokens, int num_heads,
-                       int num_kv_heads, int query_stride, int key_stride, int value_stride, int max_positions,
-                       int num_pages) {
+    qoq_kv_append_sm80(const uint16_t* query, const uint16_t* key, const uint16_t* value, const float* cosines,
+                       const float* sines, const int32_t* positions, const int64_t* slots, uint8_t* __restrict__ pages,
+                       uint16_t* __restrict__ query_out, uint16_t* __restrict__ key_out,
+                       uint16_t* __restrict__ value_out, int tokens, int num_heads, int num_kv_heads, int query_stride,
+                       int key_stride, int value_stride, int max_positions, int num_pages) {
+    allow_next_kernel();
     const int heads = num_heads + 2 * num_kv_heads;
     const int index = static_cast<int>(blockIdx.x) * (kThreads / kLanes) + static_cast<int>(threadIdx.x / kLanes);
     const int lane = static_cast<int>(threadIdx.x % kLanes);
@@ -105,30 +113,40 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         if (ROPE) row_out = value_out + int64_t(token) * num_kv_heads * HEAD_DIM;
     }
     const int column = head * HEAD_DIM + lane * kVectorValues;
-    Values v = load_values(row + column);
+    row = kept(row + column);
+    row_out = kept(row_out + column);
+    const int table_column = lane % (kLanes / 2) * kVectorValues;
+    const bool turns = is_query || is_key;
+    positions = kept(positions + token);
+    slots = kept(slots + token);
+    cosines = kept(cosines + table_column);
+    sines = kept(sines + table_column);
+    if (ROPE && turns) {
+        const int position = load_hint(positions);
+        if (position >= 0 && position < max_positions) {
+            prefetch(cosines + int64_t(position) * kHalf);
+            prefetch(sines + int64_t(position) * kHalf);
+        }
+    }
+    wait_for_last_kernel();
+    const int position = load_number(positions, ROPE && turns);
+    Values v = load_values_once(row, true);
+    const int64_t slot = load_number(slots, !is_query);
 
     if (ROPE) {
         Values partner;
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) partner.pairs[i] = __shfl_xor_sync(kFullMask, v.pairs[i], kLanes / 2);
-        if (is_query || is_key) {
-            const int position = positions[token];
-            const float nan = __int_as_float(0x7FC00000);
-            Values cos, sin;
-            if (position >= 0 && position < max_positions) {
-                const int64_t place = int64_t(position) * kHalf + lane % (kLanes / 2) * kVectorValues;
-                cos = load_rounded(cosines + place);
-                sin = load_rounded(sines + place);
-            } else {
-#pragma unroll
-                for (int i = 0; i < kPairs; ++i) cos.pairs[i] = sin.pairs[i] = Format::pair(nan, nan);
-            }
+        if (turns) {
+            const bool valid = position >= 0 && position < max_positions;
+            const Values cos = load_rounded(cosines + int64_t(position) * kHalf, valid);
+            const Values sin = load_rounded(sines + int64_t(position) * kHalf, valid);
             apply_rope(v, partner, cos, sin, lane < kLanes / 2);
         }
     }
     if (ROTATE) {
         const Values rotated = rotated_head<Format, kLanes>(v);  // of values too: shuffles need the whole warp
-        if (is_query || is_key) v = rotated;
+        if (turns) v = rotated;
     }
 
     float low, high;
@@ -139,7 +157,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const HeadGrid<BITS> grid(low, high);
         uint32_t codes[kVectorValues];
         round_trip<Format>(grid, v, codes);
-        const int64_t slot = slots[token];
         if (slot >= int64_t(num_pages) * kPageTokens) __trap();
         if (slot >= 0) {
             const int place = static_cast<int>(slot & (kPageTokens - 1));
@@ -154,5 +171,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             }
         }
     }
-    if (ROPE) store_values(row_out + column, v);
+    if (ROPE) store_values(row_out, v);
 }

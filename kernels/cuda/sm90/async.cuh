@@ -1,7 +1,7 @@
-// Barriers in shared memory, bulk copies into it, and the wait for an earlier kernel (PTX ISA, "mbarrier",
-// "cp.async.bulk", "griddepcontrol").
+// Barriers in shared memory, and bulk copies into it (PTX ISA, "mbarrier", "cp.async.bulk").
 #pragma once
 #include "common/async_copy.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/types.cuh"
 
 DEVICE void barrier_init(uint32_t barrier, int arrivals) {
@@ -52,8 +52,3 @@ DEVICE void bulk_copy_once(uint32_t to, const void* from, int bytes, uint32_t ba
 DEVICE void meet(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-
-// Programmatic dependent launch: the next kernel of the stream may start, and until the one before has ended and all it
-// wrote can be seen. Both do nothing where kernels were launched without that attribute.
-DEVICE void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -86,7 +86,7 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
     [[maybe_unused]] __shared__ int2 received[CLUSTER > 1 ? TOKENS * kOwnPairs : 1];
     allow_next_kernel();
     const int lane = threadIdx.x % kWarpSize, warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
-    const int g = lane >> 2, t = lane & 3, rank = CLUSTER > 1 ? rank_in_cluster() : 0;
+    const int g = lane >> 2, t = lane & 3, rank = CLUSTER > 1 ? cluster_rank() : 0;
     const int tile = blockIdx.x / CLUSTER, first_channel = tile * kChannels, first_token = blockIdx.y * TOKENS;
     const int first_step = rank * WARPS + warp, steps = (k / kBlockInputs - first_step + kStride - 1) / kStride;
 
@@ -195,12 +195,12 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
             totals[i].x += part.x, totals[i].y += part.y;
         }
         if (CLUSTER > 1 && pair / kOwnPairs != rank)
-            store_in_block(shared_address(received + token * kOwnPairs + pair % kOwnPairs), pair / kOwnPairs,
-                           totals[i]);
+            store_in_block(
+                address_in(pair / kOwnPairs, shared_address(received + token * kOwnPairs + pair % kOwnPairs)),
+                totals[i]);
     }
 #if CLUSTER > 1
-    cluster_arrive();
-    cluster_wait();
+    meet_cluster();
 #endif
 #pragma unroll
     for (int i = 0; i < kTasks; ++i) {

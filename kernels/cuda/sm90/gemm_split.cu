@@ -86,7 +86,7 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
     __shared__ uint64_t barriers[2 * STAGES];
     allow_next_kernel();
     const uint32_t base = shared_address(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
-    const int rank = CLUSTER > 1 ? rank_in_cluster() : 0, tile = blockIdx.x / CLUSTER;
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0, tile = blockIdx.x / CLUSTER;
     const int first_channel = tile * kChannels, first_token = blockIdx.y * TOKENS;
     // Blocks of the cluster share K in equal runs.
     const int k_steps = k / kBlockInputs, first_step = k_steps * rank / CLUSTER;
@@ -114,10 +114,7 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
         }
         __syncwarp();
 #if CLUSTER > 1
-        for (int i = 0; i < 2; ++i) {    // as the others
-            cluster_arrive();
-            cluster_wait();
-        }
+        for (int i = 0; i < 2; ++i) meet_cluster();    // as the others
 #endif
         return;
     }
@@ -194,8 +191,7 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
 
     // Until every stage of this block and, in a cluster, of the others has been used.
 #if CLUSTER > 1
-    cluster_arrive();
-    cluster_wait();
+    meet_cluster();
 #else
     meet(1, kMultipliers);
 #endif
@@ -223,11 +219,10 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
         const int task = threadIdx.x + i * kMultipliers, token = task / kQuads, quad = task % kQuads;
         const int owner = quad / kOwnQuads, away = (owner - rank + CLUSTER) % CLUSTER;
         if (token >= tokens || away == 0) continue;
-        store_in_block(base + kReceivedAt + (away - 1) * kReceivedBytes + (token * kOwnQuads + quad % kOwnQuads) * 16,
-                       owner, total(token, quad));
+        const uint32_t slot = base + kReceivedAt + (away - 1) * kReceivedBytes;
+        store_in_block(address_in(owner, slot + (token * kOwnQuads + quad % kOwnQuads) * 16), total(token, quad));
     }
-    cluster_arrive();
-    cluster_wait();
+    meet_cluster();
 #endif
 #pragma unroll 1
     for (int i = 0; i < kOwnTasks; ++i) {

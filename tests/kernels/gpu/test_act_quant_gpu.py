@@ -3,6 +3,8 @@ and those values within a rounding of float64's; odd M, K tails, tokens of zeros
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from qoq.formats.packing import padded_in_features
 from qoq.kernels import act_quant
 from qoq.kernels.act_oracles import add_oracle, quantize_oracle, rms_norm_oracle, silu_mul_oracle
+from qoq.kernels.act_quant import RowShape
+from qoq.kernels.launch import is_hopper
 from qoq.kernels.tiles import untile_activations
 
 pytestmark = pytest.mark.gpu
@@ -322,14 +326,101 @@ def test_operators_keep_their_contracts(gpu) -> None:
     torch.library.opcheck(torch.ops.qoq.silu_mul_quantize.default, (x,), test_utils=tests)
     torch.library.opcheck(torch.ops.qoq.rms_norm_quantize.default, (x, weight, EPS), test_utils=tests)
     torch.library.opcheck(torch.ops.qoq.add_rms_norm_quantize.default, (x, x, weight, EPS), test_utils=tests)
+    torch.library.opcheck(torch.ops.qoq.add_rms_norm_quantize.default, (x, x, weight, EPS, True), test_utils=tests)
+
+
+def run_case(case: Case, **options: Any) -> list[Tensor]:
+    """Codes, scales, sums and, with a residual, the sum; codes of tiles as rows."""
+    out = act_quant._outputs(case.x.cuda(), case.k, tiled=options.get("tiled", False))
+    for tensor in out:
+        tensor.view(torch.int8).fill_(0x7F)
+    *_, added = act_quant.run_quantizer(
+        case.operation,
+        case.x.cuda(),
+        residual=None if case.residual is None else case.residual.cuda(),
+        weight=None if case.weight is None else case.weight.cuda(),
+        eps=EPS if case.weight is not None else 0.0,
+        out=out,
+        **options,
+    )
+    codes = untile_activations(out[0], case.m) if options.get("tiled") else out[0]
+    return [codes, out[1].view(torch.int32), out[2], *([] if added is None else [added.view(torch.int16)])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("m", "k"), [(1, 8), (3, 192), (9, 576), (17, 4096), (8, 14336), (5, 53248)])
-def test_small_tiles_hold_the_same_codes(gpu, m: int, k: int, dtype: torch.dtype) -> None:
-    x = hard_rows(m, k, dtype, seed=m).cuda()
-    codes, scales, sums = act_quant.run_quantizer("plain", x)[:3]
-    tiles, *rest = act_quant.run_quantizer("plain", x, tiled=True)[:3]
-    assert torch.equal(untile_activations(tiles, m), codes)
-    assert torch.equal(rest[0].view(torch.int32), scales.view(torch.int32))
-    assert torch.equal(rest[1], sums)
+@pytest.mark.parametrize("operation", act_quant.OPERATIONS)
+@pytest.mark.parametrize(
+    ("m", "k"),
+    [(1, 8), (3, 192), (9, 576), (1, 4096), (17, 4096), (70, 4096), (257, 1032), (2050, 1032), (3, 14336), (21, 14336),
+     (70, 14336), (261, 14336), (2051, 8200), (5, 53248), (300, 53248)],
+)  # fmt: skip
+def test_small_tiles_hold_the_same_codes(gpu, operation: str, m: int, k: int, dtype: torch.dtype) -> None:
+    """For numbers of tokens of every shape that is chosen; rows have the one for few rows, which other tests check."""
+    if k > act_quant.max_k(operation):
+        pytest.skip(f"K is at most {act_quant.max_k(operation)}")
+    case = Case(operation, m, k, dtype, seed=m)
+    shape = act_quant.row_shape(operation, k, rows=1, tiled=False, hopper=False)
+    expected = run_case(case, shape=shape)
+    for options in ({"tiled": True}, {}):
+        for found, wanted in zip(run_case(case, **options), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("operation", act_quant.OPERATIONS)
+@pytest.mark.parametrize("k", [1288, 4096, 14336])
+def test_small_rows_are_the_same_however_they_are_shared(gpu, operation: str, k: int) -> None:
+    case = Case(operation, 11, k, torch.float16, seed=k)
+    vectors = padded_in_features(k) // 8
+    shapes = [
+        RowShape(each, warps, blocks=blocks, turns=turns)
+        for each in (1, 2, 4)
+        for blocks in ((1, 2, 4, 8) if is_hopper(0) else (1,))
+        for turns in ((1, 2, 4, 8) if blocks == 1 else (1,))
+        if (warps := -(-vectors // (32 * each * blocks))) <= (16 if each == 4 else 32) and warps * blocks * each <= 64
+    ]
+    expected = run_case(case, shape=act_quant.row_shape(operation, k, rows=1, tiled=False, hopper=False))
+    for shape in shapes:
+        for found, wanted in zip(run_case(case, shape=shape, tiled=True), expected, strict=True):
+            assert torch.equal(found, wanted), shape
+
+
+@pytest.mark.parametrize("m", [1, 16, 300])
+def test_kernels_that_overlap_wait_for_each_other(gpu, m: int) -> None:
+    """A chain in a graph where each reads what those before wrote, the residual also what lies two kernels back."""
+    k = 4096
+    x, weight = hard_rows(m, k, torch.bfloat16, seed=m).cuda().clamp(-10, 10), torch.ones(k, device="cuda").bfloat16()
+    gate_up = torch.randn(m, 2 * k, device="cuda").bfloat16()
+    operators = torch.ops.qoq
+
+    def chain() -> list[Tensor]:
+        hidden, kept = x, []
+        for i in range(24):
+            *norm, hidden = operators.add_rms_norm_quantize(hidden, x, weight, EPS, i % 2 == 0)
+            kept += [*norm, *operators.silu_mul_quantize(gate_up, True), *operators.quantize_activation(hidden, True)]
+        return [*kept, hidden]
+
+    expected = []
+    chain()
+    for _ in range(2):
+        torch.cuda.synchronize()
+    hidden = x
+    for i in range(24):
+        torch.cuda.synchronize()
+        *norm, hidden = operators.add_rms_norm_quantize(hidden, x, weight, EPS, i % 2 == 0)
+        torch.cuda.synchronize()
+        silu = operators.silu_mul_quantize(gate_up, True)
+        torch.cuda.synchronize()
+        expected += [*norm, *silu, *operators.quantize_activation(hidden, True)]
+    expected.append(hidden)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = chain()
+    for _ in range(3):
+        for result in results:
+            result.view(torch.int8).fill_(0x7F)
+        graph.replay()
+        for found, wanted in zip(results, expected, strict=True):
+            if found.ndim == len(("K", "M", "piece", "token", "byte")):  # what fills the last eight is anything
+                assert torch.equal(untile_activations(found, m), untile_activations(wanted, m))
+            else:
+                assert torch.equal(found, wanted)

@@ -101,7 +101,7 @@ def test_chained_graphs_replay_the_same_bits() -> None:
     def chain(choice: GemmChoice | None) -> Tensor:
         y = x
         for _ in range(4):
-            act, act_scales, sums = torch.ops.qoq.quantize_activation_tiled(y)
+            act, act_scales, sums = torch.ops.qoq.quantize_activation(y, tiled=True)
             y = run_gemm_sm90("g128", act, act_scales * 0 + scales, sums, tiles, s1, None, None, torch.float16,
                               choice=choice)  # fmt: skip
             y = y.nan_to_num(0, 0, 0).clamp(-8, 8)

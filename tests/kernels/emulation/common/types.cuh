@@ -64,6 +64,29 @@ DEVICE void __syncthreads() { emulation::meet_block(); }
 DEVICE void __threadfence() {}
 DEVICE uint32_t __shfl_xor_sync(uint32_t mask, uint32_t x, int lanes) { return emulation::shuffle_xor(mask, x, lanes); }
 
+DEVICE float __shfl_xor_sync(uint32_t mask, float x, int lanes) {
+    return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(x), lanes));
+}
+DEVICE uint32_t __reduce_max_sync(uint32_t mask, uint32_t x) {
+    for (int lanes = 1; lanes < kWarpSize; lanes *= 2) x = max(x, __shfl_xor_sync(mask, x, lanes));
+    return x;
+}
+DEVICE int32_t __reduce_add_sync(uint32_t mask, int32_t x) {
+    for (int lanes = 1; lanes < kWarpSize; lanes *= 2)
+        x += static_cast<int32_t>(__shfl_xor_sync(mask, static_cast<uint32_t>(x), lanes));
+    return x;
+}
+DEVICE uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t places) {
+    const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+    uint32_t y = 0;
+    for (int i = 0; i < 4; ++i) y |= static_cast<uint32_t>(both >> 8 * (places >> 4 * i & 7) & 0xFF) << 8 * i;
+    return y;
+}
+DEVICE int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+}
+
 template <class T>
 DEVICE T __ldg(const T* from) {
     return *from;
@@ -97,6 +120,10 @@ struct BFloat16 {
 };
 
 DEVICE uint32_t kept(uint32_t x) { return x; }
+template <class T>
+DEVICE T* kept(T* pointer) {
+    return pointer;
+}
 
 template <class Format>
 DEVICE float low_value(uint32_t pair) {
