@@ -99,7 +99,7 @@ kernels: setup ## compile every kernel for every architecture; prints registers,
 
 .PHONY: sanitize
 sanitize: setup ## the small GPU tests under compute-sanitizer: memcheck, synccheck, racecheck
-	for tool in memcheck synccheck racecheck; do \
+	for tool in memcheck "synccheck --num-cuda-barriers 16384" racecheck; do \
 	  echo "compute-sanitizer $$tool"; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 --kernel-regex kns=qoq \
 	    $(BIN)/python -m pytest -m gpu -k "small and not graph" -x -q -p no:cacheprovider tests/kernels/gpu; \

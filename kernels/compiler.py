@@ -210,8 +210,8 @@ def _resources(log: str) -> Resources:
 
 
 def _excerpt(log: str) -> str:
-    """The beginning of a log: errors come before the assembler's remarks."""
-    lines = [line for line in log.strip().splitlines() if not line.startswith("ptxas info")]
+    """The beginning of a log, a C string: errors come before the assembler's remarks."""
+    lines = [line for line in log.strip("\0").strip().splitlines() if not line.startswith("ptxas info")]
     more = len(lines) - _LOG_LINES
     return "\n".join([*lines[:_LOG_LINES], *([f"... and {more} more lines"] if more > 0 else [])])
 

@@ -16,7 +16,7 @@ from qoq.recipes.errors import InputError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes that decide what a decoder layer costs; those of config.json, by qoq's names."""
+    """Sizes that decide what a model costs; those of config.json, by qoq's names."""
 
     name: str
     hidden_size: int
@@ -25,6 +25,8 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     num_layers: int
+    vocab_size: int
+    tied_embeddings: bool = False
 
     def layer_gemms(self) -> dict[str, tuple[int, int]]:
         """N and K of the four products of a decoder layer, as a server runs them: qkv and gate_up are one each."""

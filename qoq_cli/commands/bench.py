@@ -213,6 +213,8 @@ def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> Mo
         num_kv_heads=skeleton.num_kv_heads,
         head_dim=skeleton.head_dim,
         num_layers=skeleton.num_blocks,
+        vocab_size=int(config.vocab_size),
+        tied_embeddings=bool(config.tie_word_embeddings),
     )
 
 

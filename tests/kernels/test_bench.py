@@ -49,7 +49,7 @@ def test_a_layer_is_the_sum_of_its_products_or_nothing() -> None:
 def test_the_kernels_to_compile_are_those_of_dispatch() -> None:
     gemms = find_shape("smollm2-135m").layer_gemms()
     specs = gemm_kernels(gemms, [1, 4096], GEMM_VARIANTS, "sm_90")
-    assert {spec.source for spec in specs} == {"sm90/gemm.cu"}
+    assert {spec.source for spec in specs} == {"sm90/gemm.cu", "sm90/gemm_decode.cu"}
     assert {dict(spec.defines)["WEIGHT_FORMAT"] for spec in specs} == {0, 1, 2}
     assert {spec.source for spec in gemm_kernels(gemms, [1, 4096], GEMM_VARIANTS, "sm_89")} == {"sm80/gemm.cu"}
     assert gemm_kernels(gemms, [1], ["fp16"], "sm_90") == []

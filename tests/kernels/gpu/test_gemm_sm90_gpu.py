@@ -129,7 +129,7 @@ def test_launches_that_follow_each_other_directly_share_the_workspace() -> None:
     packed = {name: tensor.cuda() for name, tensor in case.operands.items()}
     tiles, s1, act = tile_weights(packed), packed["s1_scales"], tile_activations(case.codes.cuda())
     scales, sums = case.scales.cuda(), case.sums.cuda()
-    choice = GemmChoice(gemm_tile("sm90-64x32-b3"), True, "test")
+    choice = GemmChoice(Sm90Tile(32, 1, 8, 3), True, "test")
     torch.cuda.synchronize()
 
     def launches() -> list[Tensor]:
