@@ -159,7 +159,8 @@ class Sm90Tile:
     @property
     def threads(self) -> int:
         """Warpgroups that multiply, and a warp that copies: a whole warpgroup where it has registers to give."""
-        return 128 * self.warpgroups + (128 if self.tokens > _KEEPS_REGISTERS else 32)
+        moves_registers = self.tokens > _KEEPS_REGISTERS and self.warpgroups > 1
+        return 128 * self.warpgroups + (128 if moves_registers else 32)
 
     def stage_bytes(self, weights: WeightFormat) -> int:
         """Of 128 inputs: weights with their scales, and activations."""

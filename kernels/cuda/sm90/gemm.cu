@@ -24,8 +24,8 @@ constexpr int kBlock = kBlockBytes<kFormat>;
 constexpr int kPairBytes = 2 * kBlock;    // blocks of weights lie in pairs, of 128 channels
 constexpr int kWeightBytes = GROUPS * kBlock, kStageBytes = kWeightBytes + TOKENS * kBlockInputs;
 constexpr int kTokenGroupBytes = 8 * kBlockInputs;
-// With many sums the copying side is a warpgroup too, since only whole ones can give registers to the others.
-constexpr bool kMovesRegisters = TOKENS > 128;
+// With many sums in several warpgroups the copying side is one too, since only whole ones can give registers to others.
+constexpr bool kMovesRegisters = TOKENS > 128 && GROUPS > 1;
 constexpr int kMultipliers = GROUPS * kGroupThreads;
 constexpr int kThreads = kMultipliers + (kMovesRegisters ? kGroupThreads : kWarpSize);
 constexpr int kSums = TOKENS / 2;
