@@ -64,7 +64,11 @@ def round_block(
 def _round_one(plan: Plan, name: str, tensors: dict[str, Tensor], inputs: Inputs | None, done: RoundedBlock) -> None:
     recipe = plan.request.recipe
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    options: dict[str, Any] = {"search": recipe.grid == "search", "zero_domain": recipe.zero_domain}
+    options: dict[str, Any] = {
+        "search": recipe.grid == "search",
+        "zero_domain": recipe.zero_domain,
+        "symmetric": recipe.symmetric,
+    }
     if inputs is None:
         done.linears[name] = round_to_nearest(weight, bias, recipe.group_size, **options)
         return

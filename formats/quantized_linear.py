@@ -12,6 +12,8 @@ from qoq.recipes.schema import GROUP_SIZE
 PROTECTIVE_QMAX = 119
 """Level-1 codes stay within [-119, 119], so that level-2 rounding, which adds at most s2 / 2 <= 8, stays in int8."""
 CODE_MAX = 15
+SYMMETRIC_ZERO = 8
+"""The code of zero where a grid is symmetric: code - 8 is an int4."""
 S2_MAX = 16
 """round(2 * PROTECTIVE_QMAX / CODE_MAX); keeps code * s2 <= 240, so that packed bytes never carry."""
 INT8_MIN, INT8_MAX = -128, 127

@@ -100,6 +100,8 @@ class Recipe(_Frozen):
 
     `group_size` is 128 (progressive: int8 per channel, then uint4 per group) or None (uint4 per channel).
     `zero_domain`: zeros of a group are whole in codes ("pre_scale") or, finer, in level-1 units ("post_scale").
+    `symmetric`: the zero of every group is code 8, so that weights are int4 times a scale: less exact, and what servers
+    without zeros ask for.
     `rounding` is "rtn", to nearest, or "gptq", as the settings of that name say. A transform that is None is not
     applied. `rotation`: norm gains are folded into the linears that follow, and hidden states and values rotated.
     `reorder`: inputs of down_proj are sorted by their absmax, so that those of a group are alike.
@@ -117,6 +119,7 @@ class Recipe(_Frozen):
     description: str = ""
     group_size: Literal[128] | None = 128
     zero_domain: ZeroDomain = "pre_scale"
+    symmetric: bool = False
     rounding: Literal["rtn", "gptq"] = "rtn"
     gptq: Gptq = Gptq()
     tuning: Tuning | None = None
@@ -147,6 +150,8 @@ class Recipe(_Frozen):
     def _check_zeros(self) -> Recipe:
         if self.zero_domain == "post_scale" and self.group_size is None:
             raise ValueError("zero_domain post_scale needs groups: group_size is 128")
+        if self.symmetric and (self.zero_domain != "pre_scale" or self.group_size is None):
+            raise ValueError("symmetric needs groups, and zeros that are codes: group_size 128, zero_domain pre_scale")
         return self
 
     @model_validator(mode="after")

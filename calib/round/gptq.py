@@ -107,20 +107,22 @@ def gptq(
     *,
     search: bool = False,
     zero_domain: ZeroDomain = "pre_scale",
+    symmetric: bool = False,
 ) -> Rounded:
     """Quantize weight float32 [N, K] for these inputs; the result is on the weight's device.
 
-    `search`: scales and zeros by the error they leave on such inputs, else by ranges. Inputs that are always zero get
-    the codes of zero. Falls back on rounding to nearest where there are fewer tokens than inputs, where H has no
-    factor, or where GPTQ gains nothing. Raises ValueError when a scale or the bias does not fit float16.
+    `search`: scales and zeros by the error they leave on such inputs, else by ranges; `symmetric`: as for `Grid.of`.
+    Inputs that are always zero get the codes of zero. Falls back on rounding to nearest where there are fewer tokens
+    than inputs, where H has no factor, or where GPTQ gains nothing. Raises ValueError when a scale or the bias does not
+    fit float16.
     """
     in_features, moments = weight.shape[1], inputs.moments
     squares = moments.matrix.diagonal()
 
     def grid_for(weight: Tensor, cost: Tensor) -> Grid:
         if search:
-            return search_grid(weight, group_size, cost, zero_domain)
-        return Grid.of(weight, group_size, zero_domain)
+            return search_grid(weight, group_size, cost, zero_domain, symmetric=symmetric)
+        return Grid.of(weight, group_size, zero_domain, symmetric=symmetric)
 
     def fallen_back(reason: str) -> Rounded:
         plain = grid_for(weight, squares)

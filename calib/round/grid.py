@@ -9,7 +9,14 @@ from torch import Tensor
 
 from qoq.calib.round.columns import nearest
 from qoq.formats.packing import padded_in_features
-from qoq.formats.quantized_linear import CODE_MAX, PROTECTIVE_QMAX, QuantizedLinear, S2Offsets, ZeroPoints
+from qoq.formats.quantized_linear import (
+    CODE_MAX,
+    PROTECTIVE_QMAX,
+    SYMMETRIC_ZERO,
+    QuantizedLinear,
+    S2Offsets,
+    ZeroPoints,
+)
 from qoq.recipes.schema import GROUP_SIZE, ZeroDomain
 
 _FLOAT16 = torch.finfo(torch.float16)
@@ -33,9 +40,12 @@ class Grid:
     """Zeros are whole in units of s1 (post-scale), not in codes: zeros * s2 are the offsets that are stored."""
 
     @staticmethod
-    def of(weight: Tensor, group_size: int | None, zero_domain: ZeroDomain = "pre_scale") -> Grid:
-        """The grid that spans rows and groups of weight float32 [N, K]. Post-scale zeros need groups.
+    def of(
+        weight: Tensor, group_size: int | None, zero_domain: ZeroDomain = "pre_scale", *, symmetric: bool = False
+    ) -> Grid:
+        """The grid that spans rows and groups of weight float32 [N, K]. Post-scale zeros and `symmetric` need groups.
 
+        `symmetric`: zeros are code 8 everywhere; the largest weight is at most half a step beyond the largest code.
         Raises ValueError when a scale does not fit float16.
         """
         weight = padded(weight)
@@ -48,6 +58,9 @@ class Grid:
         s1 = scales_float16(weight.abs().amax(dim=1), PROTECTIVE_QMAX)
         units = (weight / s1.float().unsqueeze(1)).clamp(-PROTECTIVE_QMAX, PROTECTIVE_QMAX)
         groups = units.view(weight.shape[0], -1, GROUP_SIZE)
+        if symmetric:
+            s2 = torch.ceil(groups.abs().amax(dim=2) / (CODE_MAX / 2)).clamp(min=1)
+            return Grid(s1, s2, torch.full_like(s2, SYMMETRIC_ZERO), PROTECTIVE_QMAX)
         high, low = groups.amax(dim=2).clamp(min=0), groups.amin(dim=2).clamp(max=0)
         s2 = torch.round((high - low) / CODE_MAX).clamp(min=1)
         if zero_domain == "post_scale":

@@ -27,29 +27,36 @@ _PARTS_OFF = tuple(i / 4 for i in range(-6, 7))
 
 
 def search_grid(
-    weight: Tensor, group_size: int | None, importance: Tensor | None, zero_domain: ZeroDomain = "pre_scale"
+    weight: Tensor,
+    group_size: int | None,
+    importance: Tensor | None,
+    zero_domain: ZeroDomain = "pre_scale",
+    *,
+    symmetric: bool = False,
 ) -> Grid:
     """The grid for weight float32 [N, K]; importance [K], not negative, weighs the squared errors of inputs.
 
-    Raises ValueError when a scale does not fit float16.
+    `symmetric`: as for `Grid.of`. Raises ValueError when a scale does not fit float16.
     """
-    start = Grid.of(weight, group_size, zero_domain)
+    start = Grid.of(weight, group_size, zero_domain, symmetric=symmetric)
     weights = padded(torch.ones(1, weight.shape[1], device=weight.device) if importance is None else importance[None])
     weights = weights.float()
     if group_size is None:
         return _search_channels(start, padded(weight), weights)
-    return _search_groups(start, start.units(weight), weights)
+    return _search_groups(start, start.units(weight), weights, symmetric=symmetric)
 
 
-def _search_groups(start: Grid, units: Tensor, importance: Tensor) -> Grid:
+def _search_groups(start: Grid, units: Tensor, importance: Tensor, *, symmetric: bool) -> Grid:
     grouped = units.view(units.shape[0], -1, GROUP_SIZE)
     importance = importance.view(1, -1, GROUP_SIZE)
     high, low = grouped.amax(dim=2).clamp(min=0), grouped.amin(dim=2).clamp(max=0)
-    widest = torch.ceil((high - low) / CODE_MAX).clamp(min=1)
+    span = 2 * torch.maximum(high, -low) if symmetric else high - low
+    widest = torch.ceil(span / CODE_MAX).clamp(min=1)
     best = _Best(*(torch.empty_like(high) for _ in range(2)))
     for narrower in range(_NARROWER + 1):
         s2 = (widest - narrower).clamp(min=1)
-        for zeros in _offsets(low, high, s2) if start.offsets else _zeros(low, high, s2):
+        tried = [start.zeros] if symmetric else _offsets(low, high, s2) if start.offsets else _zeros(low, high, s2)
+        for zeros in tried:
             scale, zero = s2.unsqueeze(2), zeros.unsqueeze(2)
             codes = torch.round(grouped / scale + zero).clamp_(0, CODE_MAX)
             errors = ((codes - zero) * scale - grouped).square_().mul_(importance).sum(dim=2)

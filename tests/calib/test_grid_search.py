@@ -165,3 +165,34 @@ def test_post_scale_zeros_never_leave_int8(seed: int, search: bool) -> None:
     assert INT8_MIN <= int(level1.min()) <= int(level1.max()) <= INT8_MAX
     assert isinstance(linear.zeros, S2Offsets)
     assert int(linear.zeros.values.max()) <= 240
+
+
+@given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([40, 128, 300]), search=st.booleans())
+def test_symmetric_groups_are_int4_times_a_scale(seed: int, k: int, search: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(32, k, generator=generator) * torch.exp2(torch.randn(32, 1, generator=generator) * 4)
+    weight[::5, 0] *= -30
+    weight[1] = 0
+    linear = round_to_nearest(weight, None, 128, search=search, symmetric=True)
+    assert bool((linear.zeros.values == 8).all())
+    assert linear.s2_scales is not None
+    scales = linear.s1_scales.float().unsqueeze(1) * linear.s2_scales.float()
+    int4 = linear.codes.float() - 8
+    values = (int4.view(32, -1, 128) * scales.unsqueeze(2)).view(32, -1)
+    assert torch.equal(values[:, :k], linear.dequantize())
+    assert not bool(values[:, k:].any())
+    # Half a step, at the largest weights too; and what float16 rounds of the scale of a row.
+    off = (linear.dequantize() - weight).abs() / scales.repeat_interleave(128, dim=1)[:, :k]
+    assert search or float(off.max()) < 0.51
+
+
+def test_symmetric_search_finds_the_best_scale() -> None:
+    weight = weights(32, 256, 5)
+    grid = search_grid(weight, 128, None, symmetric=True)
+    units = grid.units(weight).double().numpy().reshape(32, 2, 128)
+    best = np.full((32, 2), np.inf)
+    for s2 in range(1, 17):
+        values = (np.clip(np.round(units / s2), -8, 7)) * s2
+        best = np.minimum(best, ((values - units) ** 2).sum(axis=2))
+    want = best.sum(axis=1) * grid.s1.double().numpy() ** 2
+    assert float((error(grid, weight, torch.ones(256)).numpy() / want).max()) < 1.001

@@ -80,6 +80,12 @@ def test_the_scheme_names_the_bits(text: str, scheme: str) -> None:
     assert parse(text).scheme == scheme
 
 
+@pytest.mark.parametrize("text", ["{symmetric: true, group_size: null}", "{symmetric: true, zero_domain: post_scale}"])
+def test_symmetric_groups_need_groups_and_zeros_that_are_codes(text: str) -> None:
+    with pytest.raises(InputError, match="symmetric needs groups"):
+        parse(text)
+
+
 def test_a_file_is_named_after_itself_unless_it_says_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("kv_bits: 8\ncalibration: {samples: 16}\n")
