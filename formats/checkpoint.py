@@ -59,6 +59,9 @@ class Checkpoint:
     def _names(self) -> frozenset[str]:
         return frozenset(self.source.names())
 
+    def has_tensor(self, name: str) -> bool:
+        return name in self._names
+
     def is_quantized(self, linear: str) -> bool:
         return f"{linear}.qweight" in self._names
 

@@ -27,6 +27,8 @@ _DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
+    torch.int32: "I32",
+    torch.int64: "I64",
 }
 _INDEX_NAME = "model.safetensors.index.json"
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qoq_cli import __version__
-from qoq_cli.commands import bench, doctor, evaluate, generate, inspect, models, quantize, recipes, verify
+from qoq_cli.commands import bench, doctor, evaluate, export, generate, inspect, models, quantize, recipes, verify
 
 app = typer.Typer(
     name="qoq",
@@ -23,6 +23,7 @@ app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("recipes")(recipes.recipes)
