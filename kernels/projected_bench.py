@@ -43,7 +43,7 @@ class ProjectedModel:
     """A model served with a batch of prompts that come at once.
 
     kernels              "qoq", or "torch" for PyTorch's products and attention
-    error                share by which throughput may be off, either way
+    error                share by which throughput may be off, see `ErrorBars`
     speed                None where not one sequence fits; see `memory`
     first_token_alone_s  time to the first token of one prompt on an idle GPU
     dollars_per_million  output tokens, at the price that was given

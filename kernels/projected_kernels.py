@@ -28,7 +28,7 @@ _MODEL_FIELDS = {field.name for field in fields(KernelModel)}
 
 @dataclass(frozen=True)
 class ErrorBars:
-    """Shares by which a figure may be off, either way: nine in ten cases of the validation are within.
+    """Shares by which a figure may be off: x to be from x / (1 + share) to (1 + share) x, as nine in ten were.
 
     ours     times of kernels, and throughput with qoq's
     others   throughput in other precisions, by how far TensorRT-LLM was off

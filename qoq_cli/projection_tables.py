@@ -105,7 +105,7 @@ def _render_notes(console: Console, data: dict[str, Any]) -> None:
     print_text(
         console,
         f"w4a8, w8a8, kv4, kv8: {_KERNELS[data['kernels']]}; fp16, fp8: PyTorch's; all at the shares of a data sheet "
-        f"that they reached on an H100\nerror bars: {ours}{others}; {basis}",
+        f"that they reached on an H100\nerror bars: {ours}{others} (x ± 50 % is x / 1.5 to 1.5 x); {basis}",
         style="dim",
     )
     if data["caveat"]:
