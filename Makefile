@@ -62,12 +62,14 @@ demo: setup ## quantize the embedded model two ways, verify, compare (no GPU, no
 
 .PHONY: bench
 bench: export PATH := $(abspath $(BIN)):$(PATH)
-bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, peak memory (about half an hour)
+bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, peak memory, projection (half an hour)
 	python benchmarks/ablation.py qoq_cli/demo/tiny --calib qoq_cli/demo/tiny/calibration.txt --samples 64 --seq-len 512 \
 	  --limit 49 --evaluation qoq_cli/demo/tiny/evaluation.txt --device cpu --out benchmarks/ablation-tiny.json
 	python benchmarks/key_outliers.py tiny --calib qoq_cli/demo/tiny/calibration.txt --seq-len 512 --limit 49 --samples 64 \
 	  --evaluation qoq_cli/demo/tiny/evaluation.txt --device cpu --out benchmarks/key-outliers-tiny.json
 	python benchmarks/peak_memory.py --out benchmarks/peak-memory.json
+	python benchmarks/projection_validation.py --out benchmarks/projection-validation.json
+	python benchmarks/projection_kernels.py
 
 # ---- tests
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from qoq.formats.packing import padded_in_features
 from qoq.kernels.compiler import KernelSpec
 from qoq.kernels.dispatch import choose_gemm
+from qoq.kernels.footprint import linear_bytes
 from qoq.kernels.gemm_tiles import HOPPER, WeightFormat, weight_block_bytes
 from qoq.kernels.launch import is_hopper
 from qoq.kernels.random_weights import random_act_codes, random_packed_linear
@@ -23,12 +24,12 @@ from qoq.kernels.roofline import Roofline
 from qoq.kernels.tiles import tile_activations, tile_int8_weights, tile_weights
 from qoq.kernels.timing import REST, Timing, Variant, copies_beyond_cache, measure
 from qoq.recipes.errors import EnvironmentProblem
-from qoq.recipes.schema import GROUP_SIZE
 
 GEMM_VARIANTS = ("w4a8-g128", "w4a8-chn", "w8a8", "fp16", "bf16", "int8", "fp8", "fp8-row")
 """w4a8-* and w8a8 are ours; then torch's 16-bit products, torch._int_mm, and torch._scaled_mm with one scale for each
 operand and with one for each row."""
-OURS = ("w4a8-g128", "w4a8-chn", "w8a8")
+_OUR_WEIGHTS: dict[str, WeightFormat] = {"w4a8-g128": "g128", "w4a8-chn": "per_channel", "w8a8": "int8"}
+OURS = tuple(_OUR_WEIGHTS)
 _KINDS = {
     "w4a8-g128": "8-bit",
     "w4a8-chn": "8-bit",
@@ -92,26 +93,20 @@ def gemm_bytes(variant: str, m: int, n: int, k: int) -> int:
     """Bytes that must move: weight with its scales, inputs with theirs, 16-bit outputs (32-bit for `int8`)."""
     padded = padded_in_features(k)
     if variant in ("fp16", "bf16"):
-        return 2 * (n * k + m * k + m * n)
+        return linear_bytes("fp16", n, k) + 2 * (m * k + m * n)
     if variant in ("fp8", "fp8-row", "int8"):
-        return n * padded + m * padded + (4 if variant == "int8" else 2) * m * n
-    weight = {
-        "w4a8-g128": n * padded // 2 + 2 * n * padded // GROUP_SIZE + 2 * n,
-        "w4a8-chn": n * padded // 2 + 4 * n,
-        "w8a8": n * padded + 2 * n,
-    }[variant]
-    return weight + m * padded + 8 * m + 2 * m * n
+        return linear_bytes("fp8", n, k) + m * padded + (4 if variant == "int8" else 2) * m * n
+    return linear_bytes(_OUR_WEIGHTS[variant], n, k) + m * padded + 8 * m + 2 * m * n
 
 
 def gemm_kernels(
     gemms: Mapping[str, tuple[int, int]], rows: Sequence[int], variants: Sequence[str], architecture: str
 ) -> list[KernelSpec]:
     """What `bench_gemms` will launch, to be compiled beforehand and in parallel."""
-    formats: dict[str, WeightFormat] = {"w4a8-g128": "g128", "w4a8-chn": "per_channel", "w8a8": "int8"}
     kernels = HOPPER if architecture == "sm_90" else architecture
     return [
         choose_gemm(kernels, weights, m, n, padded_in_features(k)).tile.spec(kernels, weights, "float16")
-        for name, weights in formats.items()
+        for name, weights in _OUR_WEIGHTS.items()
         if name in variants
         for n, k in gemms.values()
         for m in rows

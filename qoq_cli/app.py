@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qoq_cli import __version__
-from qoq_cli.commands import bench, doctor, evaluate, export, generate, inspect, models, quantize, recipes, verify
+from qoq_cli.commands import bench, doctor, evaluate, export, generate, gpus, inspect, models, quantize, recipes, verify
 
 app = typer.Typer(
     name="qoq",
@@ -28,6 +28,7 @@ app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("recipes")(recipes.recipes)
 app.command("models")(models.models)
+app.command("gpus")(gpus.gpus)
 app.command("doctor")(doctor.doctor)
 
 

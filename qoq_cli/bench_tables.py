@@ -62,10 +62,10 @@ def _render_layer(console: Console, gemm: dict[str, Any], shape: dict[str, Any])
     """Print the table; which variants it shows."""
     times = {(row["m"], row["variant"]): row["us"] for row in gemm["layer"]}
     variants = _measured(gemm["variants"], times)
-    table = _table("M", variants)
+    table = times_table("M", variants)
     for m in dict.fromkeys(m for m, _ in times):
-        _add_row(table, str(m), m, variants, times)
-    _print_titled(console, f"Products of one {shape['name']} layer (qkv + o + gate_up + down), µs", table)
+        add_times(table, str(m), m, variants, times)
+    print_titled(console, f"Products of one {shape['name']} layer (qkv + o + gate_up + down), µs", table)
     return variants
 
 
@@ -76,10 +76,10 @@ def _render_attention(console: Console, attention: dict[str, Any], shape: dict[s
     }
     heads = f"{shape['num_heads']} query heads, {shape['num_kv_heads']} KV heads, D {shape['head_dim']}"
     variants = _measured(attention["variants"], times)
-    table = _table("sequences\nx tokens", variants)
+    table = times_table("sequences\nx tokens", variants)
     for case in dict.fromkeys(case for case, _ in times):
-        _add_row(table, f"{case[0]} x {case[1]}", case, variants, times)
-    _print_titled(console, f"Decode attention of one layer ({heads}), µs", table)
+        add_times(table, f"{case[0]} x {case[1]}", case, variants, times)
+    print_titled(console, f"Decode attention of one layer ({heads}), µs", table)
     return variants
 
 
@@ -88,17 +88,17 @@ def _render_gemms(console: Console, gemm: dict[str, Any], details: bool) -> None
     for name in dict.fromkeys(row["gemm"] for row in rows):
         mine = [row for row in rows if row["gemm"] == name]
         table = _rates("M", ((str(row["m"]), row) for row in mine))
-        _print_titled(console, f"{name}: N = {mine[0]['n']}, K = {mine[0]['k']}", table)
+        print_titled(console, f"{name}: N = {mine[0]['n']}, K = {mine[0]['k']}", table)
 
 
 def _render_attention_rates(console: Console, attention: dict[str, Any], details: bool) -> None:
     rows = [row for row in attention["results"] if details or row["variant"] in _OURS]
     if rows:
         named = ((f"{row['batch']} x {row['length']}", row) for row in rows)
-        _print_titled(console, "Decode attention of one layer", _rates("sequences\nx tokens", named))
+        print_titled(console, "Decode attention of one layer", _rates("sequences\nx tokens", named))
 
 
-def _print_titled(console: Console, title: str, table: Table) -> None:
+def print_titled(console: Console, title: str, table: Table) -> None:
     """A table's own title is folded to the width of the table."""
     console.print(Text(title, "italic"))
     console.print(table)
@@ -118,9 +118,9 @@ def _rates(first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Table:
         table.add_row(
             "" if case == previous else case,
             row["variant"] + backend,
-            _short(timing["median_us"]),
-            f"{_short(timing['low_us'])}..{_short(timing['high_us'])}",
-            _short(rates["tops"]),
+            short(timing["median_us"]),
+            f"{short(timing['low_us'])}..{short(timing['high_us'])}",
+            short(rates["tops"]),
             f"{rates['gb_s']:.0f}",
             f"{rates['roof_percent']:.0f} %",
         )
@@ -128,7 +128,8 @@ def _rates(first: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     return table
 
 
-def _table(first: str, variants: list[str]) -> Table:
+def times_table(first: str, variants: list[str]) -> Table:
+    """A column for each variant, beside that of the cases."""
     table = Table()
     table.add_column(first, justify="right")
     for variant in variants:
@@ -137,12 +138,12 @@ def _table(first: str, variants: list[str]) -> Table:
     return table
 
 
-def _add_row(table: Table, label: str, case: object, variants: list[str], times: dict[Any, float]) -> None:
+def add_times(table: Table, label: str, case: object, variants: list[str], times: dict[Any, float]) -> None:
     """One row of times; the smallest is green."""
     found = {variant: times[case, variant] for variant in variants if (case, variant) in times}
     best = min(found.values())
     cells = [
-        Text("-") if (us := found.get(variant)) is None else Text(_short(us), style="green" if us == best else "")
+        Text("-") if (us := found.get(variant)) is None else Text(short(us), style="green" if us == best else "")
         for variant in variants
     ]
     table.add_row(label, *cells)
@@ -153,5 +154,6 @@ def _measured(variants: list[str], times: dict[Any, float]) -> list[str]:
     return [variant for variant in variants if variant in seen]
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Three or four digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"

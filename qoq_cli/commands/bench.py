@@ -1,4 +1,5 @@
-"""`qoq bench`: what the kernels gain in speed, measured on this GPU beside what a user would use instead."""
+"""`qoq bench`: what the kernels gain in speed, beside what a user would use instead. Measured on the GPU at hand, or
+projected for another one."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qoq.recipes.errors import EnvironmentProblem, InputError
+from qoq.recipes.gpus import Gpu, find_gpu, is_called
 from qoq.recipes.shapes import ModelShape, find_shape, model_shapes
+from qoq_cli.bench_options import MAX_ROWS, attention_cases, choose, numbers, split
 from qoq_cli.progress import progress
 from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, TrustOption, guarded
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_SHAPE = "llama-3-8b"
 _PARTS = ("gemm", "attention")
-_LATER = {"e2e": "whole-model throughput is not measured yet"}
+_LATER = {"e2e": "whole-model throughput of the GPU at hand is not measured yet"}
 _AGAINST = {
     "fp16": ("fp16",),
     "bf16": ("bf16",),
@@ -31,8 +34,7 @@ _AGAINST = {
     "sdpa": ("sdpa-fp16", "sdpa-bf16"),
 }
 _ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
-_SEQUENCES = (1, 16, 64, 128)
-_MAX_ROWS, _MAX_SEQUENCES, _MAX_LENGTH, _MAX_REST = 65536, 4096, 1 << 20, 100
+_MAX_REST = 100
 
 
 @guarded
@@ -45,32 +47,52 @@ def bench(
         ),
     ] = None,
     what: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="LIST", help="gemm (the products of a layer), attention (one decode step), or both: gemm,attention."
+            metavar="LIST",
+            help="gemm (the products of a layer), attention (one decode step), e2e (throughput of the whole model, "
+            "projected only), or all.  [default: all]",
         ),
-    ] = ",".join(_PARTS),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Tokens in a product (M); with --prompt-len, also how many sequences.  [default: 1,8,16,32,64,128,"
-            "256,1024,4096]",
+            help="Tokens in a product (M); for e2e and with --prompt-len, also how many sequences.  [default: 1,8,16,"
+            "32,64,128,256,1024,4096; for e2e as many as fit, up to 512]",
         ),
     ] = None,
     prompt_len: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Tokens in the cache, for each of --batch (or 1,16,64,128) sequences.  [default: 64 x 1024, "
-            "128 x 1536, 128 x 4096, 1 x 8192, 8 x 32768]",
+            help="Tokens in the cache, for each of --batch (or 1,16,64,128) sequences, and of e2e's prompts.  "
+            "[default: 64 x 1024, 128 x 1536, 128 x 4096, 1 x 8192, 8 x 32768; for e2e 1024]",
+        ),
+    ] = None,
+    output_len: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that e2e generates for each prompt.  [default: 512]")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="What e2e serves: w4a8kv4-g128, w4a8kv4-chn, w4a8kv8-g128, w4a8kv8-chn.  [default: the first two]",
         ),
     ] = None,
     against: Annotated[
         str, typer.Option(metavar="LIST", help="Baselines: fp16, bf16, int8, fp8, w8a8, sdpa; or none.")
     ] = ",".join(_AGAINST),
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Run only if the GPU is this one: h100, l40s, ...")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="h100, l40s, ... (`qoq gpus`): measured if it is the GPU of this machine, else projected from a data "
+            "sheet, without any GPU.",
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="X", help="Dollars an hour of that GPU, for tokens per dollar in e2e.")
     ] = None,
     repeat: Annotated[int, typer.Option(metavar="N", help="Measurements of each variant, in turns.")] = 20,
     rest: Annotated[
@@ -92,7 +114,7 @@ def bench(
     quiet: QuietOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Time the kernels on the GPU of this machine, side by side with PyTorch's.
+    """Time the kernels on the GPU of this machine, side by side with PyTorch's; or project them for another GPU.
 
     The products of one decoder layer (qkv, o, gate_up, down), and one decode step of attention over a paged KV4 or KV8
     cache. Random data in MODEL's sizes; no weights are read. Calls run from CUDA graphs over more data than the L2
@@ -102,17 +124,37 @@ def bench(
     could do (its roofline): the bytes that must move at the measured bandwidth, or the operations at the measured peak,
     whichever takes longer. `--json` keeps all of it, with clocks, power and versions.
 
+    With `--gpu` of a GPU that is not here, the same tables and the throughput of the whole model are projected: counted
+    bytes and operations over the GPU's data sheet, at the efficiency that the kernels reached on an H100. All of it is
+    labelled "projected", and has error bars. `--precision`, `--output-len` and `--price` belong to e2e.
+
     Examples: `qoq bench`; `qoq bench llama-2-7b --what gemm --batch 1,16,64 --against fp16`;
-    `qoq bench --what attention --batch 32 --prompt-len 2048 --json`.
+    `qoq bench --what attention --batch 32 --prompt-len 2048 --json`; `qoq bench llama-3-70b --gpu l40s --price 1.2`.
     """
     terminal = Terminal(as_json, quiet)
+    target = None if gpu is None else _projected(device, gpu)
+    if target is not None:
+        from qoq_cli.bench_projection import ProjectionPlan, run_projection
+
+        if plot is not None:
+            raise InputError("--plot: a projection is not drawn", remedy="leave it out; --json has all figures")
+        run_projection(
+            terminal,
+            ProjectionPlan.parse(what, batch, prompt_len, output_len, precision, against, price),
+            lambda: _shape(terminal, model, trust_remote_code),
+            target,
+        )
+        return
+    for option, value in (("--output-len", output_len), ("--precision", precision), ("--price", price)):
+        if value is not None:
+            raise InputError(f"{option}: throughput is only projected", remedy="name a GPU that is not here with --gpu")
     plan = _Plan(what, batch, prompt_len, against, repeat, rest)
     if plot is not None:
         from qoq_cli.bench_plot import check_plot
 
         check_plot(plot)
     shape = _shape(terminal, model, trust_remote_code)
-    index = _open_gpu(device, gpu)
+    index = _open_gpu(device)
     if model is None:
         terminal.note(f"sizes of {_DEFAULT_SHAPE}; name another model to take its sizes")
     data = _run(terminal, plan, shape, index, seed)
@@ -131,66 +173,31 @@ class _Plan:
     """The options, checked. Raises InputError that names the option."""
 
     def __init__(
-        self, what: str, batch: str | None, prompt_len: str | None, against: str, repeat: int, rest: float
+        self, what: str | None, batch: str | None, prompt_len: str | None, against: str, repeat: int, rest: float
     ) -> None:
         if repeat < 1:
             raise InputError(f"--repeat {repeat}: too small", remedy="pass at least 1")
         if not 0 <= rest <= _MAX_REST:
             raise InputError(f"--rest {rest}: out of range", remedy=f"pass 0 to {_MAX_REST}")
         self.repeat, self.rest = repeat, rest
-        parts = _split("--what", what)
+        parts = ["all"] if what is None else split("--what", what)
         for part in parts:
             if part in _LATER:
-                raise InputError(f"--what {part}: {_LATER[part]}", remedy=f"use {', '.join(_PARTS)}, or both")
+                raise InputError(
+                    f"--what {part}: {_LATER[part]}",
+                    remedy=f"use {', '.join(_PARTS)}, or both; --gpu with a GPU that is not here projects it",
+                )
         if parts == ["all"]:
             parts = list(_PARTS)
-        self.parts = _choose("--what", parts, _PARTS)
-        baselines = [] if against == "none" else _choose("--against", _split("--against", against), tuple(_AGAINST))
+        self.parts = choose("--what", parts, _PARTS)
+        baselines = [] if against == "none" else choose("--against", split("--against", against), tuple(_AGAINST))
         variants = [variant for name in baselines for variant in _AGAINST[name]]
         self.gemm_variants = ["w4a8-g128", "w4a8-chn", *(v for v in variants if not v.startswith("sdpa"))]
         self.attention_variants = ["kv4", "kv8", *(v for v in variants if v.startswith("sdpa"))]
-        self.rows = list(_ROWS) if batch is None else _numbers("--batch", batch, _MAX_ROWS)
-        self.cases = (
-            None if prompt_len is None else self._cases(_numbers("--prompt-len", prompt_len, _MAX_LENGTH), batch)
-        )
-        if self.parts == ["attention"] and batch is not None and prompt_len is None:
-            raise InputError(
-                f"--batch {batch}: attention also needs the tokens of each sequence", remedy="add --prompt-len 1024"
-            )
-
-    def _cases(self, lengths: list[int], batch: str | None) -> list[tuple[int, int]]:
-        """Sequences and tokens of each."""
-        if "attention" not in self.parts:
+        self.rows = list(_ROWS) if batch is None else numbers("--batch", batch, MAX_ROWS)
+        if "attention" not in self.parts and prompt_len is not None:
             raise InputError("--prompt-len: only attention has sequences", remedy="leave it out, or --what gemm")
-        sequences = _SEQUENCES if batch is None else [rows for rows in self.rows if rows <= _MAX_SEQUENCES]
-        if not sequences:
-            raise InputError(
-                f"--batch {batch}: attention takes at most {_MAX_SEQUENCES} sequences", remedy="pass fewer"
-            )
-        return [(rows, length) for length in lengths for rows in sequences]
-
-
-def _split(option: str, text: str) -> list[str]:
-    words = [word.strip().lower() for word in text.split(",")]
-    if not all(words):
-        raise InputError(f"{option} {text!r}: an empty entry", remedy="separate the entries by single commas: a,b,c")
-    return list(dict.fromkeys(words))
-
-
-def _choose(option: str, words: list[str], known: tuple[str, ...]) -> list[str]:
-    for word in words:
-        if word not in known:
-            raise InputError(f"{option} {word}: not known", remedy=f"use some of {', '.join(known)}")
-    return words
-
-
-def _numbers(option: str, text: str, largest: int) -> list[int]:
-    numbers = []
-    for word in _split(option, text):
-        if not word.isdecimal() or not 1 <= int(word) <= largest:
-            raise InputError(f"{option} {word}: expected whole numbers from 1 to {largest}", remedy="such as 1,16,64")
-        numbers.append(int(word))
-    return numbers
+        self.cases = attention_cases(self.parts, batch, prompt_len)
 
 
 def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> ModelShape:
@@ -218,8 +225,24 @@ def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> Mo
     )
 
 
-def _open_gpu(device: str, wanted: str | None) -> int:
-    """Index of the CUDA device. Raises InputError for no CUDA device, EnvironmentProblem where it is not here."""
+def _projected(device: str, wanted: str) -> Gpu | None:
+    """The data sheet of a GPU that is not here; None where `device` is the one that is wanted.
+
+    Raises InputError for a name that neither the data sheet nor this machine knows.
+    """
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        from qoq.calib.job import check_device
+
+        check_device(device)
+        if is_called(torch.cuda.get_device_name(torch.device(device)), wanted):
+            return None
+    return find_gpu(wanted)
+
+
+def _open_gpu(device: str) -> int:
+    """Index of the CUDA device. Raises InputError for no CUDA device, EnvironmentProblem where there is none."""
     import torch
 
     try:
@@ -229,28 +252,18 @@ def _open_gpu(device: str, wanted: str | None) -> int:
     if chosen.type != "cuda":
         raise InputError(f"--device {device}: the kernels run on CUDA devices only", remedy="use cuda, cuda:1, ...")
     if not torch.cuda.is_available():
-        what = "qoq bench" if wanted is None else f"--gpu {wanted}: qoq bench"
         raise EnvironmentProblem(
-            f"{what} measures the GPU of this machine, and PyTorch sees no CUDA device",
-            remedy="run it on a machine with a GPU; where there is one, `qoq doctor` says what is missing",
+            "qoq bench measures the GPU of this machine, and PyTorch sees no CUDA device",
+            remedy="run it on a machine with a GPU; where there is one, `qoq doctor` says what is missing. --gpu NAME "
+            "projects the speed of a GPU that is not here (`qoq gpus`)",
         )
     from qoq.calib.job import check_device
 
     check_device(device)
     given: int | None = chosen.index
     index = torch.cuda.current_device() if given is None else given
-    present = torch.cuda.get_device_name(index)
-    if wanted is not None and _plain(wanted) not in _plain(present):
-        raise EnvironmentProblem(
-            f"--gpu {wanted}: the GPU here is {present}, and figures of other GPUs cannot be projected yet",
-            remedy="leave --gpu out to measure this machine, or run qoq bench on that GPU",
-        )
     torch.cuda.set_device(index)
     return index
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _run(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int, seed: int) -> dict[str, Any]:
@@ -263,6 +276,7 @@ def _run(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int, seed: i
         roofline = measure_roofline(on_step=lambda message: update(0, 1, message))
     data: dict[str, Any] = {
         "command": shlex.join(["qoq", *sys.argv[1:]]),
+        "projected": False,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "gpu": asdict(read_facts(index)),
         "seed": seed,

@@ -49,7 +49,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             ]
         )
 
-    monkeypatch.setattr(bench, "_open_gpu", lambda device, gpu: 0)
+    monkeypatch.setattr(bench, "_open_gpu", lambda device: 0)
     monkeypatch.setattr(bench, "_compile", lambda *args: None)
     monkeypatch.setattr("qoq.kernels.gpu_facts.read_facts", lambda index: FACTS)
     monkeypatch.setattr("qoq.kernels.gpu_facts.read_state", lambda index: GpuState(sm_mhz=1980.0))
@@ -88,6 +88,7 @@ def test_everything_is_measured_by_default(qoq: Any, measured: dict[str, Any]) -
 def test_json_says_where_and_how(qoq: Any, measured: dict[str, Any]) -> None:
     outcome = qoq("bench", "--json", "--seed", 3, "--repeat", 5, "--rest", 0)
     data = outcome.json
+    assert data["projected"] is False
     assert data["gpu"]["name"] == FACTS.name
     assert data["state"]["after"]["sm_mhz"] == 1980.0
     assert (data["seed"], data["repeat"], data["rest"]) == (3, 5, 0)
@@ -125,7 +126,7 @@ def test_sizes_come_from_a_checkpoint_or_a_model(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--what", "e2e"), "--what e2e: whole-model throughput is not measured yet"),
+        (("--what", "e2e"), "--what e2e: whole-model throughput of the GPU at hand is not measured yet"),
         (("--what", "gem"), "use some of gemm, attention"),
         (("--against", "fp16,marlin"), "--against marlin"),
         (("--batch", "0"), "--batch 0: expected whole numbers"),
@@ -141,6 +142,9 @@ def test_sizes_come_from_a_checkpoint_or_a_model(
         (("--what", "gemm", "--prompt-len", "1024"), "--prompt-len: only attention has sequences"),
         (("--batch", "8192", "--prompt-len", "1024"), "attention takes at most 4096 sequences"),
         (("no-such-model",), "no-such-model"),
+        (("--price", "1.2"), "--price: throughput is only projected"),
+        (("--output-len", "64"), "--output-len: throughput is only projected"),
+        (("--precision", "fp16"), "--precision: throughput is only projected"),
     ],
 )
 def test_wrong_options_are_named(args: tuple[str, ...], words: str, qoq: Any) -> None:
@@ -152,18 +156,22 @@ def test_wrong_options_are_named(args: tuple[str, ...], words: str, qoq: Any) ->
 
 def test_without_a_gpu_it_says_so(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "qoq bench measures the GPU of this machine" in fails(3, "bench")
-    assert "--gpu l40s: qoq bench measures the GPU of this machine" in fails(3, "bench", "--gpu", "l40s")
+    error = fails(3, "bench")
+    assert "qoq bench measures the GPU of this machine" in error
+    assert "--gpu NAME projects" in error
 
 
-def test_another_gpu_is_not_measured(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_at_hand_is_measured_when_it_is_named(
+    qoq: Any, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("qoq.calib.job.check_device", lambda device: None)
-    error = fails(3, "bench", "--gpu", "L40S")
-    assert "--gpu L40S: the GPU here is NVIDIA H100 80GB HBM3" in error
-    assert "cannot be projected yet" in error
+    for name in ("h100", "H100-SXM"):
+        assert qoq("bench", "--gpu", name, "--what", "gemm", "--json").json["projected"] is False
+    projected = qoq("bench", "--gpu", "L40S", "--what", "gemm", "--json").json
+    assert projected["projected"] is True
+    assert projected["gpu"]["name"] == "l40s"
 
 
 def test_without_matplotlib_a_plot_is_refused_before_measuring(

@@ -18,7 +18,19 @@ from qoq_cli import __version__
 from qoq_cli.app import app
 from qoq_cli.model_location import tiny_folder
 
-COMMANDS = ("quantize", "verify", "eval", "bench", "export", "inspect", "generate", "recipes", "models", "doctor")
+COMMANDS = (
+    "quantize",
+    "verify",
+    "eval",
+    "bench",
+    "export",
+    "inspect",
+    "generate",
+    "gpus",
+    "recipes",
+    "models",
+    "doctor",
+)
 
 
 def test_quantize_tells_people_what_it_made(qoq: Any, tmp_path: Path) -> None:
