@@ -133,12 +133,13 @@ class _Run:
 
     def turn(self) -> None:
         """Launch what can run, then look at the tokens of the turn before: of this one too if nothing was launched."""
-        if self.scheduler.lacks_pages():
-            self._land(0)
         before = len(self._flights)
         chunks = self.scheduler.next_chunks()
         if chunks:
             self._prefill(chunks)
+        if self.scheduler.lacks_pages():
+            self._land(0)
+            before = 0
         rows = self._decode()
         self._land(len(self._flights) - before if chunks or rows else 0)
 

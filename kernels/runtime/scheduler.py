@@ -142,17 +142,22 @@ class Scheduler:
             if sequence.row is None and budget:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].count
-        while budget and self._admit():
+        wanting = sum(map(self._wants_pages, self._admitted)) if budget and self._waiting else 0
+        while budget and self._admit(wanting):
+            wanting += self._wants_pages(self._admitted[-1])
             chunks.append(self._chunk(self._admitted[-1], budget))
             budget -= chunks[-1].count
         return chunks
 
     def lacks_pages(self) -> bool:
-        """Whether the next decode step would preempt: first `record` what is known, which may free pages."""
+        """Whether `next_decode` would set sequences back: first every token that was asked for must be known."""
         return len(self._full()) > self._pool.free
 
     def next_decode(self) -> DecodePlan | None:
-        """The next decode step of every sequence that has a row; None when there is none."""
+        """The next decode step of every sequence that has a row; None when there is none.
+
+        Raises RuntimeError where it has to set back a sequence with tokens that are not known yet (`lacks_pages`).
+        """
         pages = []
         while len(full := self._full()) > self._pool.free:
             self._preempt(self._admitted[-1])
@@ -197,18 +202,21 @@ class Scheduler:
             self._unfinished -= 1
             self._release(sequence)
 
-    def _admit(self) -> bool:
-        """Admit the first that waits, unless it would leave no page for those that will want one."""
+    def _admit(self, wanting: int) -> bool:
+        """Admit the first that waits, unless it would leave no page for each of `wanting` that will want one more."""
         if not self._waiting or len(self._admitted) >= self._max_batch:
             return False
         sequence, pool = self._waiting[0], self._pool
-        wanting = sum(len(s.pages) < pool.pages_for(s.request.longest) for s in self._admitted)
         count = pool.pages_for(len(sequence.tokens))
-        if count + wanting > pool.free:
+        if count + wanting + (count < pool.pages_for(sequence.request.longest)) > pool.free:
             return False
         sequence.pages = pool.take(count)
         self._admitted.append(self._waiting.popleft())
         return True
+
+    def _wants_pages(self, sequence: Running) -> bool:
+        """Whether it may need more pages than it has."""
+        return len(sequence.pages) < self._pool.pages_for(sequence.request.longest)
 
     def _chunk(self, sequence: Running, budget: int) -> Chunk:
         start = sequence.cached
@@ -231,6 +239,8 @@ class Scheduler:
         return [s for s in self._rows.values() if s.cached >= len(s.pages) * size]
 
     def _preempt(self, sequence: Running) -> None:
+        if sequence.launched != sequence.answered:
+            raise RuntimeError(f"request {sequence.index} is to be set back with tokens under way")
         self._release(sequence)
         sequence.cached = 0
         sequence.launched = sequence.answered
