@@ -19,6 +19,7 @@ from qoq.recipes.families import Family, family_of
 from qoq.recipes.schema import KeyRotation
 from qoq.recipes.shapes import ModelShape
 
+_GIVE_MODEL = "give a folder with a whole config.json, as `qoq quantize` or the model's publisher wrote it"
 _SUPPORTED = "`qoq generate --device cpu` runs it through transformers"
 _MAX_POSITIONS = 8192
 """Of a model made from a shape, which does not say."""
@@ -87,7 +88,7 @@ def read_config(path: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: cannot read the model's configuration: {first}", remedy=_SUPPORTED) from error
+        raise InputError(f"{path}: cannot read the model's configuration: {first}", remedy=_GIVE_MODEL) from error
     return config  # type: ignore[no-any-return]
 
 
@@ -100,7 +101,8 @@ def runtime_config(config: PretrainedConfig, *, where: str, max_positions: int |
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    raise_problems(f"{where}: the runtime cannot run this model", _problems(config, family, kv_heads, head_dim))
+    problems = _problems(config, family, kv_heads, head_dim)
+    raise_problems(f"{where}: the runtime cannot run this model", problems, remedy=_SUPPORTED)
     known = int(config.max_position_embeddings)
     cos, sin = _rope_tables(config, family, min(max_positions or known, known))
     return RuntimeConfig(

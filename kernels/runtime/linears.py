@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import qoq.kernels.ops  # noqa: F401  (registers the operators)
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.kernels.act_quant import Quantized
 
