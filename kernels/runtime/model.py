@@ -41,7 +41,7 @@ class Options:
     device         "cpu", or "cuda" for the current CUDA device
     arithmetic     None: the kernels on a GPU, the reference elsewhere
     dtype          of activations; None: the model's 16-bit type on a GPU, float32 on the CPU
-    kv_bits, key_rotation   of the cache; None: as the model says
+    kv_bits, key_rotation   of the cache; act_bits of quantized linears; None: as the checkpoint says
     max_batch      sequences at a time
     max_tokens     of a sequence, answer included; None: as many as the model has positions
     chunk_tokens   of a prefill step
@@ -55,6 +55,7 @@ class Options:
     dtype: torch.dtype | None = None
     kv_bits: int | None = None
     key_rotation: KeyRotation | None = None
+    act_bits: int | None = None
     max_batch: int = 64
     max_tokens: int | None = None
     chunk_tokens: int = 4096
@@ -98,7 +99,15 @@ class RuntimeModel:
         device = torch.device(options.device)
         dtype = options.dtype or (torch.float32 if device.type == "cpu" else config.dtype)
         with torch.inference_mode():
-            weights = load_weights(path, config, device=device, dtype=dtype, arithmetic=arithmetic, on_block=on_block)
+            weights = load_weights(
+                path,
+                config,
+                device=device,
+                dtype=dtype,
+                arithmetic=arithmetic,
+                act_bits=options.act_bits,
+                on_block=on_block,
+            )
             return RuntimeModel(config, weights, options)
 
     @staticmethod

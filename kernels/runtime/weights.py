@@ -76,15 +76,16 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     arithmetic: Arithmetic,
+    act_bits: int | None = None,
     on_block: Callable[[int], None] = lambda _: None,
 ) -> ModelWeights:
-    """The weights of a checkpoint, or of a 16-bit model (folder or GGUF file).
+    """The weights of a checkpoint, or of a 16-bit model (folder or GGUF file); act_bits None: as the checkpoint says.
 
     Raises InputError, by the tensor's name, for what is missing, damaged or of another shape.
     """
     checkpoint = open_checkpoint(path) if is_checkpoint(path) else None
     source = checkpoint.source if checkpoint is not None else open_source(path, config.family)
-    reader = _Reader(source, checkpoint, config, device, dtype, arithmetic)
+    reader = _Reader(source, checkpoint, config, device, dtype, arithmetic, act_bits)
     blocks = []
     for index in range(config.num_layers):
         blocks.append(reader.block(index))
@@ -145,8 +146,9 @@ class _Reader:
         device: torch.device,
         dtype: torch.dtype,
         arithmetic: Arithmetic,
+        act_bits: int | None,
     ) -> None:
-        self._source, self._checkpoint, self._config = source, checkpoint, config
+        self._source, self._checkpoint, self._config, self._act_bits = source, checkpoint, config, act_bits
         self._device, self._dtype, self._arithmetic = device, dtype, arithmetic
         self._names = frozenset(source.names())
 
@@ -220,10 +222,11 @@ class _Reader:
         if checkpoint is None:
             raise RuntimeError("only a checkpoint has packed tensors")
         quantization = checkpoint.quantization
-        if self._arithmetic == "kernels" and (quantization.act_bits != 8 or in_features % IN_FEATURES_STEP):
+        act_bits = self._act_bits or quantization.act_bits
+        if self._arithmetic == "kernels" and (act_bits != 8 or in_features % IN_FEATURES_STEP):
             raise InputError(
                 f"{names[0]}: the kernels take 8-bit activations and in_features that are a multiple of "
-                f"{IN_FEATURES_STEP}, got {quantization.act_bits} bits and {in_features}",
+                f"{IN_FEATURES_STEP}, got {act_bits} bits and {in_features}",
                 remedy="use the reference backend",
             )
         packed = []
@@ -243,7 +246,7 @@ class _Reader:
                 fused,
                 in_features=in_features,
                 zero_domain=quantization.zero_domain,
-                act_bits=quantization.act_bits,
+                act_bits=act_bits,
                 arithmetic=self._arithmetic,
             )
         except ValueError as error:
