@@ -8,6 +8,8 @@ to a sequence of its own, merged by log-sum-exp.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from qoq.kernels.extend_plan import BUSY_BLOCKS, PART_KEYS
 from qoq.kernels.layouts import PAGE_SIZE
 from qoq.kernels.runtime.attention import Attend, ExtendStep, KVCache, RopeTables, Step, apply_rope
 from qoq.kernels.runtime.config import RuntimeConfig
+from qoq.kernels.upload import Upload
 
 
 class LaneCache(KVCache):
@@ -61,9 +64,10 @@ class LaneCache(KVCache):
 
 def _extend_call(step: ExtendStep, starts: Tensor) -> FlashCall:
     """Every sequence's new tokens attend to its keys up to themselves."""
-    lens = torch.tensor([step.new_lens, step.kv_lens], dtype=torch.int32)
-    new_lens, kv_lens = lens.to(starts.device)
-    ends = torch.cat([starts.new_zeros(1), new_lens.cumsum(0, dtype=torch.int32)])
+    upload = Upload(starts.device)
+    ends = upload.add([0, *accumulate(step.new_lens)], torch.int32)
+    kv_lens = upload.add(step.kv_lens, torch.int32)
+    upload.send()
     return FlashCall(ends, _closed(starts), kv_lens, max(step.new_lens), max(step.kv_lens), causal=True, parts=0)
 
 

@@ -13,6 +13,7 @@ from qoq.recipes.errors import EnvironmentProblem
 
 GPU_RESERVE = 1536 << 20
 """Bytes of a GPU for what is not counted one by one: its context, kernels, graphs, cuBLAS, gaps between tensors."""
+_MERGED_BYTES = 16
 _GB = 1e9
 
 
@@ -33,18 +34,19 @@ class MemoryPlan:
 
 
 def workspace_nbytes(config: RuntimeConfig, dtype: torch.dtype, *, chunk_tokens: int, max_batch: int) -> int:
-    """Activations of the widest step, logits of a decode step, and what drawing and attention hold meanwhile.
+    """Activations, logits and what is drawn from them, of a prefill step and of a decode step, which CUDA graphs keep
+    memory of its own for; and the scratch of attention.
 
     Of a token there may be at once: four hidden states, q, k and v before and after RoPE, the attention's output, gate
-    and up, their product before and after it is quantized.
+    and up, their product before and after it is quantized; and outputs of attention, 16 bytes each, where it was cut
+    along the keys and is merged.
     """
     heads = config.num_heads * config.head_dim
     values = 4 * config.hidden_size + 2 * config.qkv_features + heads + 3 * config.intermediate_size
-    tokens = max(chunk_tokens, max_batch)
-    activations = tokens * (values * dtype.itemsize + max(config.intermediate_size, config.hidden_size))
+    token = values * dtype.itemsize + max(config.intermediate_size, config.hidden_size) + _MERGED_BYTES * heads
     logits = max_batch * config.vocab_size * dtype.itemsize
     drawing = min(max_batch, ROWS_AT_ONCE) * config.vocab_size * ROW_NBYTES
-    return activations + logits + drawing + DEFAULT_SCRATCH_BYTES
+    return (chunk_tokens + max_batch) * token + 2 * (logits + drawing) + DEFAULT_SCRATCH_BYTES
 
 
 def plan_memory(

@@ -36,7 +36,7 @@ class RuntimeWindows:
         model = RuntimeModel.from_folder(self._path, Options(**{**vars(self._options), **sizes}))
         for hidden in hidden_states(model, windows.tolist()):
             self._on_windows(1)
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode, whose tensors the caller could not edit
                 logits = model.decoder.logits(hidden).float()
             yield logits
 

@@ -86,9 +86,9 @@ def test_pages_by_hand() -> None:
 def test_workspace_by_hand() -> None:
     config = config_of_shape(LLAMA, max_positions=128)
     values = 4 * 4096 + 2 * 6144 + 4096 + 3 * 14336
-    activations = 8192 * (values * 2 + 14336)
+    activations = (8192 + 512) * (values * 2 + 14336 + 16 * 4096)
     found = workspace_nbytes(config, torch.float16, chunk_tokens=8192, max_batch=512)
-    assert found == activations + 512 * 128256 * 2 + 64 * 128256 * 48 + (256 << 20)
+    assert found == activations + 2 * (512 * 128256 * 2 + 64 * 128256 * 48) + (256 << 20)
 
 
 def test_a_budget_by_hand() -> None:
