@@ -169,7 +169,7 @@ def _attend(query: Tensor, scratch: _Scratch, batch: FlashBatch, scale: float, w
             parts = [(merge_by_lse(values, sums).unsqueeze(0), sums.logsumexp(0, keepdim=True))]
         key, value = scratch.load(load)
         for call in load.calls:
-            run = _flash_packed if call.parts else _flash_plain
+            run = flash_packed if call.parts else flash_plain
             parts.append(run(by_kv_head, key, value, call, scale, window if call.causal else 0))
     values = parts[0][0].squeeze(0) if len(parts) == 1 else merge_by_lse(*_joined(parts))
     return values.reshape(rows, heads, head_dim).to(query.dtype)
@@ -179,7 +179,7 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([values for values, _ in parts]), torch.cat([sums for _, sums in parts])
 
 
-def _flash_plain(
+def flash_plain(
     query: Tensor, key: Tensor, value: Tensor, call: FlashCall, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     """Of query [T, KV heads, share, D]: values [1, T, KV heads, share, D] and log-sum-exps [1, T, KV heads, share]."""
@@ -187,7 +187,7 @@ def _flash_plain(
     return values.view(1, *query.shape), sums.view(query.shape[1], query.shape[2], -1).permute(2, 0, 1).unsqueeze(0)
 
 
-def _flash_packed(
+def flash_packed(
     query: Tensor, key: Tensor, value: Tensor, call: FlashCall, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     """The same of each part of the keys: [parts, ...]. Flash attention sees rows (part, T, share) of KV heads."""

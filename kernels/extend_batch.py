@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from qoq.kernels.extend_plan import PART_KEYS, Batch, DecodeRow, Heads, KeyRange, plan_extend
 from qoq.kernels.layouts import PAGE_SIZE
+from qoq.kernels.upload import Upload
 
 DEFAULT_SCRATCH_BYTES = 256 << 20
 """Dequantized keys and values held at a time."""
 
 _VALUE_BYTES = 2
-_ALIGNMENT = 16
-"""Bytes; of every list of numbers on the device."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def prepare_extend(
             f"scratch_bytes: expected at least {plan.pages_needed * page_scratch} (window {window}), "
             f"got {scratch_bytes}"
         )
-    upload = _Upload(device)
+    upload = Upload(device)
     builder = _FlashBuilder(upload, heads // kv_heads, max_pages)
     decode = _decode_call(plan.decode, len(kv_lens), upload) if plan.decode else None
     flash = tuple(builder.batch(batch) for batch in plan.batches)
@@ -184,7 +182,7 @@ def prepare_extend(
 class _FlashBuilder:
     """Makes calls of flash attention, and collects the places of their pages."""
 
-    def __init__(self, upload: _Upload, share: int, max_pages: int) -> None:
+    def __init__(self, upload: Upload, share: int, max_pages: int) -> None:
         self.places: list[int] = []
         self._upload = upload
         self._share = share
@@ -240,33 +238,7 @@ class _FlashBuilder:
         )
 
 
-class _Upload:
-    """Numbers for the device, in one copy: `add` gives each list's tensor at once, `send` its memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = torch.empty(0, device=device).device  # with an index, where `device` may have none
-        self._bytes = bytearray()
-        self._tensors: list[tuple[Tensor, int, int]] = []
-
-    def add(self, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(0, dtype=dtype, device=self.device)
-        self._tensors.append((tensor, len(self._bytes) // tensor.element_size(), len(numbers)))
-        self._bytes += array("i" if dtype == torch.int32 else "q", numbers).tobytes()
-        self._bytes += bytes(-len(self._bytes) % _ALIGNMENT)
-        return tensor
-
-    def send(self) -> None:
-        if not self._bytes:
-            return
-        host = torch.frombuffer(self._bytes, dtype=torch.uint8)
-        if self.device.type == "cuda":
-            host = host.pin_memory()  # PyTorch gives this memory to nobody else before the copy is done
-        storage = host.to(self.device, non_blocking=True).untyped_storage()
-        for tensor, start, count in self._tensors:
-            tensor.set_(storage, start, (count,), (1,))
-
-
-def _rows(ranges: Sequence[range], upload: _Upload) -> Rows:
+def _rows(ranges: Sequence[range], upload: Upload) -> Rows:
     """Rows in ascending ranges."""
     first, count = ranges[0].start, sum(map(len, ranges))
     if ranges[-1].stop - first == count:
@@ -274,7 +246,7 @@ def _rows(ranges: Sequence[range], upload: _Upload) -> Rows:
     return Rows(first, count, upload.add([row for rows in ranges for row in rows], torch.int64))
 
 
-def _decode_call(decode: Sequence[DecodeRow], sequences: int, upload: _Upload) -> DecodeCall:
+def _decode_call(decode: Sequence[DecodeRow], sequences: int, upload: Upload) -> DecodeCall:
     of_rows = [row.sequence for row in decode]
     kv_lens = [row.kv_len for row in decode]
     return DecodeCall(

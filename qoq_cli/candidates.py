@@ -151,17 +151,21 @@ class Opener:
         from transformers.utils.logging import disable_progress_bar
 
         from qoq.kernels.loading import KernelModel
+        from qoq.kernels.runtime.model import Options
+        from qoq.kernels.runtime.scoring import RuntimeWindows
 
         disable_progress_bar()  # of loading weights; it would write to stderr
 
         def forward(windows: torch.Tensor) -> Iterator[torch.Tensor]:
-            model = KernelModel(
-                path,
-                device=self.device,
-                kv_bits=kv_bits,
-                on_windows=lambda count: on_blocks(blocks * count / len(windows)),
-                trust_remote_code=self._trust,
-            )
-            return model.logits(windows)
+            def on_windows(count: int) -> None:
+                on_blocks(blocks * count / len(windows))
+
+            if self._trust:  # the model's own code may compute something else than its family does
+                model = KernelModel(
+                    path, device=self.device, kv_bits=kv_bits, on_windows=on_windows, trust_remote_code=True
+                )
+                return model.logits(windows)
+            options = Options(device=self.device, kv_bits=kv_bits, act_bits=8)
+            return RuntimeWindows(path, options, on_windows=on_windows).logits(windows)
 
         return forward

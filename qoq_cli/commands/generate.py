@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from qoq.recipes.errors import InputError
-from qoq_cli.backends import kernel_problem
+from qoq_cli.continuation import Continuation, continue_on_runtime, continue_through_transformers, runs_on_runtime
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import resolve_model
 from qoq_cli.terminal import DeviceOption, JsonOption, QuietOption, Terminal, TracebackOption, TrustOption, guarded
@@ -24,6 +24,9 @@ def generate(
         int, typer.Option("-n", "--max-new-tokens", min=1, help="At most this many tokens.")
     ] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draws from the likeliest tokens that make up this share.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws the tokens when the temperature is above 0.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
@@ -34,7 +37,9 @@ def generate(
     quiet: QuietOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Continue PROMPT with a checkpoint loaded through transformers, printing text as it comes.
+    """Continue PROMPT with a checkpoint, printing text as it comes.
+
+    On a GPU that has the kernels, checkpoints run on qoq's own runtime; everything else through transformers.
 
     Example: `qoq generate checkpoints/tiny-w4a8kv4-g128 "In the beginning"`.
     """
@@ -42,56 +47,64 @@ def generate(
     location = resolve_model(checkpoint, note=terminal.note)
     target = resolve_device(device)
 
-    import torch
     from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
     from qoq.calib.job import check_device
     from qoq.calib.skeleton import load_tokenizer
-    from qoq.kernels.loading import load_model
 
     check_device(target)
     disable_progress_bar()  # of loading weights; it would write to stderr
     tokenizer = load_tokenizer(location.path, trust_remote_code=trust_remote_code)
-    model = load_model(location.path, device=target, trust_remote_code=trust_remote_code)
     text = prompt
     if tokenizer.chat_template and not raw:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template).to(target)
-    if not inputs["input_ids"].shape[1]:
+    tokens = tokenizer(text, add_special_tokens=raw or not tokenizer.chat_template)["input_ids"]
+    if not tokens:
         raise InputError(
             "the prompt is empty, and this model has no token to begin a text with", remedy="give a PROMPT"
         )
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options["temperature"] = temperature
-    torch.manual_seed(seed)
+    wanted = Continuation(tokens, max_new_tokens, temperature, top_p, seed)
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if streamer is not None and not tokenizer.chat_template:
         sys.stdout.write(prompt)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]  # a mixin whose type mypy loses
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+    on_runtime = runs_on_runtime(location.path, target, trust_remote_code=trust_remote_code)
+    if on_runtime:
+        continued = continue_on_runtime(location.path, target, wanted, on_token=_printer(streamer, tokens))
+    else:
+        pad_token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        continued = continue_through_transformers(
+            location.path,
+            target,
+            wanted,
+            pad_token=pad_token,
             streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **options,
+            trust_remote_code=trust_remote_code,
         )
-    seconds = time.perf_counter() - started
-    new = output[0, inputs["input_ids"].shape[1] :]
+    if on_runtime and streamer is not None:
+        streamer.end()
     facts = {
         "checkpoint": str(location.path),
         "prompt": prompt,
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "new_tokens": int(new.numel()),
-        "seconds": round(seconds, 3),
+        "text": tokenizer.decode(continued.tokens, skip_special_tokens=True),
+        "new_tokens": len(continued.tokens),
+        "seconds": round(continued.seconds, 3),
         "device": target,
     }
 
     def render(console: Console) -> None:
-        how = "kernels" if kernel_problem(target) is None else "reference arithmetic"
-        terminal.note(f"{facts['new_tokens']} tokens in {seconds:.1f} s on {target} ({how})")
+        how = "qoq's runtime" if on_runtime else "transformers"
+        terminal.note(f"{facts['new_tokens']} tokens in {continued.seconds:.1f} s on {target} ({how})")
 
     terminal.result(facts, render)
+
+
+def _printer(streamer: Any, prompt: list[int]) -> Callable[[int], None]:
+    """What prints each token as it comes, through a streamer that skips the prompt; nothing without one."""
+    import torch
+
+    if streamer is None:
+        return lambda token: None
+    streamer.put(torch.tensor([prompt]))
+    return lambda token: streamer.put(torch.tensor([token]))

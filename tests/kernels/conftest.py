@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qoq.formats import arithmetic
+from qoq.kernels.attention import check_decode_operands
+from qoq.kernels.attention_oracles import decode_attention_oracle
+from qoq.kernels.kv_operands import check_append, check_rope
+from qoq.kernels.kv_oracles import append_oracle, dequantize_kv_oracle, quantize_kv_oracle, rope_oracle
 from qoq.kernels.oracles import emulate_packed_codes, emulate_packed_level1
 from qoq.kernels.tiles import tile_activations, untile_activations, untile_weights
 
@@ -33,6 +37,75 @@ class Operators:
         act = arithmetic.quantize_activation(x)
         codes = self._finish("quantize_activation", pad(act.codes, (0, -x.shape[1] % 128)))
         return tile_activations(codes) if tiled else codes, act.scales, act.sums
+
+    def rms_norm_quantize(
+        self, x: Tensor, weight: Tensor, eps: float, tiled: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert x.dtype == weight.dtype == torch.float16
+        normalized = torch.nn.functional.rms_norm(x, (x.shape[1],), None, eps) * weight
+        self.calls.append("rms_norm_quantize")
+        return self.quantize_activation(normalized, tiled)
+
+    def add_rms_norm_quantize(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, tiled: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        added = x + residual
+        return *self.rms_norm_quantize(added, weight, eps, tiled), added
+
+    def silu_mul_quantize(self, gate_up: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = gate_up.chunk(2, dim=1)
+        self.calls.append("silu_mul_quantize")
+        return self.quantize_activation(torch.nn.functional.silu(gate) * up, tiled)
+
+    def rope_append_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        kv_pages: Tensor,
+        slots: Tensor,
+        bits: int,
+        key_rotation: Any = "none",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check_append(key, value, kv_pages, slots, bits, key_rotation)
+        check_rope(query, key, cos, sin, positions)
+        query, key = (arithmetic.rotate_heads(rope_oracle(x, cos, sin, positions), key_rotation) for x in (query, key))
+        kv_pages.copy_(append_oracle(kv_pages, key, value, slots, bits))
+        self.calls.append("rope_append_kv")
+        key, value = (dequantize_kv_oracle(quantize_kv_oracle(x, bits), x.dtype) for x in (key, value))
+        return query, key, value
+
+    def overlapping_decode_attention(
+        self,
+        query: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        kv_lens: Tensor,
+        scale: float,
+        bits: int,
+        window: int,
+        fresh_tokens: int,
+    ) -> Tensor:
+        check_decode_operands(query, kv_pages, page_table, kv_lens, scale, bits, window)
+        assert fresh_tokens == 1
+        found = decode_attention_oracle(query, kv_pages, page_table, kv_lens, scale, bits, window)
+        return self._finish("overlapping_decode_attention", found.to(query.dtype))
+
+    def w8a8_gemm(
+        self,
+        act_codes: Tensor,
+        act_scales: Tensor,
+        weight: Tensor,
+        s1_scales: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        y = (act_codes.double() @ weight.double().t()) * (act_scales[:, None] * s1_scales.float()).double()
+        y = y.to(out_dtype)
+        return self._finish("w8a8_gemm", y if bias is None else y + bias.to(out_dtype))
 
     def kv_round_trip(self, x: Tensor, bits: int, key_rotation: Any = "none") -> Tensor:
         assert x.is_contiguous()
@@ -103,6 +176,12 @@ def cpu_operators() -> Iterator[Operators]:
     with torch.library._scoped_library("qoq", "IMPL") as library:
         for name in (
             "quantize_activation",
+            "rms_norm_quantize",
+            "add_rms_norm_quantize",
+            "silu_mul_quantize",
+            "rope_append_kv",
+            "overlapping_decode_attention",
+            "w8a8_gemm",
             "w4a8_gemm",
             "w4a8_gemm_int32",
             "w4a8_gemm_sm90",

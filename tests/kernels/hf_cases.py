@@ -169,7 +169,13 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, name: str, **overrides: Any) -> Checkpoint:
     """A random model quantized to nearest, in two shards; `overrides` are keys of QuantizationConfig."""
-    make_config, group_size = MODELS[name]
+    return write_model(folder, *MODELS[name], **overrides)
+
+
+def write_model(
+    folder: Path, make_config: Callable[[], PreTrainedConfig], group_size: int | None, **overrides: Any
+) -> Checkpoint:
+    """The same of any configuration."""
     config = make_config()
     torch.manual_seed(7)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

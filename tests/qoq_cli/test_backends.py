@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from qoq.kernels.loading import KernelModel, load_model
+from qoq.kernels.loading import KernelModel
+from qoq.kernels.runtime.scoring import RuntimeWindows
 from qoq.recipes.errors import EnvironmentProblem, InputError
 from qoq_cli import backends
 from qoq_cli.backends import resolve_backend
@@ -143,19 +143,19 @@ def test_illegal_bytes_are_told_before_any_kernel(
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch, pretended_gpu: None) -> list[dict[str, Any]]:
-    """KernelModel runs on the CPU, on the reference arithmetic; what it was asked for is recorded."""
+    """What the runtime is asked for; it runs on the CPU, on the reference arithmetic. KernelModel refuses to."""
     asked: list[dict[str, Any]] = []
+    run = RuntimeWindows.logits
 
-    def logits(self: KernelModel, windows: Tensor) -> Iterator[Tensor]:
-        asked.append({"kv_bits": self._kv_bits, "device": self._device})
-        model = load_model(self._path)
-        for window in windows:
-            with torch.no_grad():
-                found = model(input_ids=window[None]).logits[0]
-            self._on_windows(1)
-            yield found
+    def logits(self: RuntimeWindows, windows: Tensor) -> Iterator[Tensor]:
+        asked.append({"kv_bits": self._options.kv_bits, "device": self._options.device})
+        return run(self, windows)
 
-    monkeypatch.setattr(KernelModel, "logits", logits)
+    def refused(self: KernelModel, windows: Tensor) -> Iterator[Tensor]:
+        raise InputError("transformers runs it", remedy="none")
+
+    monkeypatch.setattr(RuntimeWindows, "logits", logits)
+    monkeypatch.setattr(KernelModel, "logits", refused)
     return asked
 
 
@@ -188,6 +188,13 @@ def test_eval_options_reach_the_kernels(qoq: Any, tiny_checkpoint: Path, runs: l
     outcome = qoq("eval", tiny_checkpoint, *_SHORT, "--kv-bits", 8, "--json")
     assert outcome.json["texts"]["builtin"]["models"][str(tiny_checkpoint)]["scheme"] == "w4a8kv8"
     assert runs == [{"kv_bits": 8, "device": "cpu"}]
+
+
+def test_a_models_own_code_runs_through_transformers(
+    fails: Any, tiny_checkpoint: Path, runs: list[dict[str, Any]]
+) -> None:
+    assert "transformers runs it" in fails(2, "eval", tiny_checkpoint, *_SHORT, "--trust-remote-code")
+    assert runs == []
 
 
 def test_sixteen_bit_activations_stay_on_the_reference(

@@ -162,6 +162,33 @@ def test_generate_draws_by_the_seed(qoq: Any, tiny_checkpoint: Path) -> None:
     assert qoq(*args, 1).json["text"] == qoq(*args, 1).json["text"] != qoq(*args, 2).json["text"]
 
 
+def test_generate_on_the_runtime(qoq: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which is pretended: the same text as through transformers, and draws by the seed."""
+    args = ("generate", tiny_checkpoint, "In the beginning", "-n", 8, "--device", "cpu")
+    expected = qoq(*args)
+    assert "(transformers)" in expected.stderr
+    monkeypatch.setattr("qoq_cli.continuation.kernel_problem", lambda device: None)
+    outcome = qoq(*args)
+    assert outcome.code == 0, outcome.stderr
+    assert "(qoq's runtime)" in outcome.stderr
+    assert outcome.stdout == expected.stdout
+    assert qoq(*args, "--json").json["text"] == qoq(*args, "--json").json["text"]
+    drawn = [
+        qoq(*args, "--temperature", 2, "--top-p", 0.9, "--json", "--seed", seed).json["text"] for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert "(transformers)" in qoq("generate", "tiny", "In", "-n", 2, "--device", "cpu").stderr
+    assert "(transformers)" in qoq(*args, "--trust-remote-code").stderr
+
+
+def test_generate_refuses_more_tokens_than_the_model_knows(
+    fails: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qoq_cli.continuation.kernel_problem", lambda device: None)
+    message = fails(2, "generate", tiny_checkpoint, "In", "-n", 600, "--device", "cpu")
+    assert "600 new ones, but a sequence has at most 512" in message
+
+
 def test_doctor(qoq: Any) -> None:
     outcome = qoq("doctor")
     assert outcome.code == 0, outcome.stdout

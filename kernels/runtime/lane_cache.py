@@ -1,0 +1,105 @@
+"""The 16-bit KV cache on a GPU: the baseline that the quantized ones are measured against.
+
+A page is a lane, as long as the longest sequence, and a sequence has one. PyTorch's flash attention could read real
+pages of 256 tokens, but not with its split along the keys (pytorch issue 194167), which is what keeps a GPU busy where
+sequences are few. Here a sequence's keys lie together, and a decode step is cut along them by attending to each part as
+to a sequence of its own, merged by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qoq.kernels.extend import flash_packed, flash_plain, merge_by_lse
+from qoq.kernels.extend_batch import FlashCall
+from qoq.kernels.extend_plan import BUSY_BLOCKS, PART_KEYS
+from qoq.kernels.layouts import PAGE_SIZE
+from qoq.kernels.runtime.attention import Attend, ExtendStep, KVCache, RopeTables, Step, apply_rope
+from qoq.kernels.runtime.config import RuntimeConfig
+from qoq.kernels.upload import Upload
+
+
+class LaneCache(KVCache):
+    """16 bits: `page_size` is the lane's; behind the lanes is a place for what idle rows write."""
+
+    idle_len = 1
+
+    def __init__(
+        self, config: RuntimeConfig, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.page_size = page_size
+        self.idle_slot = num_pages * page_size
+        self._config = config
+        size = (config.num_layers, 2, num_pages * page_size + PAGE_SIZE, config.num_kv_heads, config.head_dim)
+        self._memory = torch.zeros(size, dtype=dtype, device=device)
+        self._rope = RopeTables(config, device, dtype)
+
+    def begin(self, step: Step) -> Attend:
+        config = self._config
+        cos, sin = self._rope.rows(step.positions)
+        calls = {window: self._call(step, window) for window in set(config.windows)}
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self._memory[layer]
+            keys.index_copy_(0, step.slots, apply_rope(key, cos, sin))
+            values.index_copy_(0, step.slots, value)
+            window = config.windows[layer]
+            return _attend(apply_rope(query, cos, sin), keys, values, calls[window], config.scale, window)
+
+        return attend
+
+    def _call(self, step: Step, window: int) -> FlashCall:
+        starts = step.page_table[:, 0] * self.page_size
+        if isinstance(step, ExtendStep):
+            return _extend_call(step, starts)
+        if window:
+            return _decode_call(step.kv_lens, starts, 1, self.page_size)
+        blocks = starts.shape[0] * self._config.num_kv_heads
+        parts = max(1, min(BUSY_BLOCKS // blocks, self.page_size // PART_KEYS))
+        return _packed_call(step.kv_lens, starts, self._config, parts, self.page_size)
+
+
+def _extend_call(step: ExtendStep, starts: Tensor) -> FlashCall:
+    """Every sequence's new tokens attend to its keys up to themselves."""
+    upload = Upload(starts.device)
+    ends = upload.add([0, *accumulate(step.new_lens)], torch.int32)
+    kv_lens = upload.add(step.kv_lens, torch.int32)
+    upload.send()
+    return FlashCall(ends, _closed(starts), kv_lens, max(step.new_lens), max(step.kv_lens), causal=True, parts=0)
+
+
+def _decode_call(kv_lens: Tensor, starts: Tensor, rows: int, longest: int) -> FlashCall:
+    """Items of `rows` rows each."""
+    ends = rows * torch.arange(len(starts) + 1, dtype=torch.int32, device=starts.device)
+    return FlashCall(ends, _closed(starts), kv_lens, rows, longest, causal=True, parts=0)
+
+
+def _packed_call(kv_lens: Tensor, starts: Tensor, config: RuntimeConfig, parts: int, longest: int) -> FlashCall:
+    """The query heads of a KV head as rows; every sequence's first part, then every second, ... (`extend_plan`)."""
+    places = torch.arange(parts + 1, dtype=torch.int32, device=starts.device).unsqueeze(1)
+    borders = (kv_lens * places).div(parts, rounding_mode="floor")
+    share = config.num_heads // config.num_kv_heads
+    ends = share * torch.arange(parts * len(starts) + 1, dtype=torch.int32, device=starts.device)
+    key_starts, key_lens = (starts + borders[:-1]).flatten(), (borders[1:] - borders[:-1]).flatten()
+    return FlashCall(ends, _closed(key_starts), key_lens, share, longest, causal=False, parts=parts)
+
+
+def _closed(starts: Tensor) -> Tensor:
+    """Flash attention wants one number more, and does not use it."""
+    return torch.cat([starts, starts.new_zeros(1)])
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, call: FlashCall, scale: float, window: int) -> Tensor:
+    rows, heads, head_dim = query.shape
+    grouped = query.view(rows, keys.shape[1], -1, head_dim)
+    if not call.parts:
+        return flash_plain(grouped, keys, values, call, scale, window)[0].reshape(rows, heads, head_dim)
+    parts, sums = flash_packed(grouped, keys, values, call, scale, window)
+    if call.parts == 1:
+        return parts[0].reshape(rows, heads, head_dim)
+    empty = (call.key_lens == 0).view(call.parts, rows, 1, 1)  # a sequence of fewer tokens than parts
+    merged = merge_by_lse(parts, sums.masked_fill(empty, -torch.inf))
+    return merged.reshape(rows, heads, head_dim).to(query.dtype)
