@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from qoq.recipes.errors import InputError
 
 MAX_ROWS, MAX_SEQUENCES, MAX_LENGTH = 65536, 4096, 1 << 20
@@ -52,3 +54,11 @@ def attention_cases(parts: list[str], batch: str | None, prompt_len: str | None)
     if "attention" in parts and not sequences:
         raise InputError(f"--batch {batch}: attention takes at most {MAX_SEQUENCES} sequences", remedy="pass fewer")
     return [(rows, length) for length in lengths for rows in sequences]
+
+
+def check_served(output_len: int | None, price: float | None) -> None:
+    """Options of whole models. Raises InputError for one that is out of range."""
+    if output_len is not None and not 1 <= output_len <= MAX_LENGTH:
+        raise InputError(f"--output-len {output_len}: out of range", remedy=f"pass 1 to {MAX_LENGTH}")
+    if price is not None and not (price > 0 and math.isfinite(price)):
+        raise InputError(f"--price {price}: expected dollars an hour", remedy="such as 1.2")

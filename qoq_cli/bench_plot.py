@@ -21,9 +21,14 @@ _STYLES = {
     "kv8": ("#53b68c", "s"),
     "sdpa-fp16": ("#355c9a", "D"),
     "sdpa-bf16": ("#7a9fd6", "d"),
+    "w4a8kv4-g128": ("#0b6e4f", "o"),
+    "w4a8kv4-chn": ("#2f9468", "p"),
+    "w4a8kv8-g128": ("#53b68c", "s"),
+    "w4a8kv8-chn": ("#8fd3b4", "h"),
+    "w8a8kv8": ("#8a6fb0", "^"),
 }
 """Colour and marker; qoq's kernels are green, what PyTorch has is not."""
-_OURS = ("w4a8-g128", "w4a8-chn", "kv4", "kv8")
+_OURS = ("w4a8-g128", "w4a8-chn", "kv4", "kv8", "w4a8kv4-g128", "w4a8kv4-chn", "w4a8kv8-g128", "w4a8kv8-chn")
 _LABELLED_CASES = 6
 """With more cases than this, the times do not fit beside their points, nor the names of the cases side by side."""
 
@@ -48,14 +53,14 @@ def draw(data: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    parts = [part for part in ("gemm", "attention") if part in data]
+    parts = [part for part in _PANELS if part in data]
     figure = Figure(figsize=(7 * len(parts), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, part in enumerate(parts):
         axes = figure.add_subplot(1, len(parts), panel + 1)
-        _draw_gemms(axes, data) if part == "gemm" else _draw_attention(axes, data)
+        _PANELS[part](axes, data)
         _finish(axes)
-    figure.suptitle(f"{data['shape']['name']} on {data['gpu']['name']}: lower is better")
+    figure.suptitle(f"{data['shape']['name']} on {data['gpu']['name']}")
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     try:
         with rc_context({"svg.hashsalt": "qoq"}):  # the same picture is the same file
@@ -75,7 +80,7 @@ def _draw_gemms(axes: Any, data: dict[str, Any]) -> None:
     axes.set_xticks(ticks, [str(m) for m in ticks])
     axes.minorticks_off()
     axes.set_xlabel("tokens M")
-    axes.set_ylabel("µs, the four products of one layer")
+    axes.set_ylabel("µs, the four products of one layer (lower is better)")
 
 
 def _draw_attention(axes: Any, data: dict[str, Any]) -> None:
@@ -107,7 +112,24 @@ def _draw_attention(axes: Any, data: dict[str, Any]) -> None:
     for border in range(1, len(cases)):
         axes.axvline(border - 0.5, color="#e4e4e4", linewidth=0.8, zorder=0)
     axes.set_xlabel("sequences x tokens in the cache of each")
-    axes.set_ylabel("µs, attention of one layer, one decode step")
+    axes.set_ylabel("µs, attention of one layer, one decode step (lower is better)")
+
+
+def _draw_served(axes: Any, data: dict[str, Any]) -> None:
+    """A line a precision over the batches: what a request waits for a token, against what all of them get."""
+    results = [row for row in data["e2e"]["results"] if row["token_ms"] is not None]
+    for precision in dict.fromkeys(row["precision"] for row in results):
+        mine = sorted((row for row in results if row["precision"] == precision), key=lambda row: row["requests"])
+        speeds = [row["tokens_per_s"] for row in mine]
+        medians, slow = ([row["token_ms"][which] for row in mine] for which in ("p50", "p99"))
+        style = _style(precision)
+        axes.plot(medians, speeds, linewidth=2.2 if precision in _OURS else 1.2, **style)
+        axes.hlines(speeds, medians, slow, color=style["color"], linewidth=0.8, alpha=0.6)
+        for x, y, row in zip(medians, speeds, mine, strict=True):
+            axes.annotate(str(row["requests"]), (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("ms per output token of a request, p50 (line: to p99); numbers: requests")
+    axes.set_ylabel("output tokens/s of all (higher is better)")
 
 
 def _finish(axes: Any) -> None:
@@ -137,3 +159,6 @@ def _style(variant: str) -> dict[str, Any]:
 
 def _median(row: dict[str, Any]) -> float:
     return float(row["timing"]["median_us"])
+
+
+_PANELS = {"gemm": _draw_gemms, "attention": _draw_attention, "e2e": _draw_served}

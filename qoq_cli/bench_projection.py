@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,7 +13,16 @@ from qoq.recipes.errors import InputError
 from qoq.recipes.gpus import Gpu
 from qoq.recipes.precisions import PRECISIONS, Precision, find_precision
 from qoq.recipes.shapes import ModelShape
-from qoq_cli.bench_options import MAX_LENGTH, MAX_ROWS, MAX_SEQUENCES, attention_cases, choose, numbers, split
+from qoq_cli.bench_options import (
+    MAX_LENGTH,
+    MAX_ROWS,
+    MAX_SEQUENCES,
+    attention_cases,
+    check_served,
+    choose,
+    numbers,
+    split,
+)
 from qoq_cli.projection_tables import render_projection
 from qoq_cli.terminal import Terminal
 
@@ -59,10 +67,7 @@ class ProjectionPlan:
                 raise InputError(f"{option}: only e2e serves a model", remedy="leave it out, or add e2e to --what")
         if parts == ["gemm"] and prompt_len is not None:
             raise InputError("--prompt-len: a product has no sequences", remedy="leave it out, or --what attention,e2e")
-        if output_len is not None and not 1 <= output_len <= MAX_LENGTH:
-            raise InputError(f"--output-len {output_len}: out of range", remedy=f"pass 1 to {MAX_LENGTH}")
-        if price is not None and not (price > 0 and math.isfinite(price)):
-            raise InputError(f"--price {price}: expected dollars an hour", remedy="such as 1.2")
+        check_served(output_len, price)
         rows = list(_ROWS) if batch is None else numbers("--batch", batch, MAX_ROWS)
         batches: list[int | None] = [None] if batch is None else [each for each in rows if each <= MAX_SEQUENCES]
         if "e2e" in parts and not batches:

@@ -56,6 +56,10 @@ def render(console: Console, data: dict[str, Any], *, details: bool = False) -> 
         makers.setdefault(_MADE_BY[variant], []).append(variant)
     for maker, variants in makers.items():
         print_text(console, f"{', '.join(variants)}: {maker}", style="dim")
+    if "e2e" in data:
+        from qoq_cli.served_tables import render_served
+
+        render_served(console, data["e2e"], shape)
 
 
 def _render_layer(console: Console, gemm: dict[str, Any], shape: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from qoq.kernels.runtime.graphs import DecodeSteps
 from qoq.kernels.runtime.model import RuntimeModel
 from qoq.kernels.runtime.sampling import sample
-from qoq.kernels.runtime.scheduler import Chunk, Finish, Request, Running, Scheduler, decode_batches
+from qoq.kernels.runtime.scheduler import Chunk, DecodePlan, Finish, Request, Running, Scheduler, decode_batches
 from qoq.kernels.runtime.steps import DecodeInputs, Piece, draws_of, row_of
 from qoq.kernels.upload import Upload
 from qoq.recipes.errors import InputError
@@ -92,6 +93,13 @@ class Engine:
         """Capture the graphs of all batches now, the largest first, so that no run waits for one."""
         for batch in reversed(decode_batches(self.model.options.max_batch)):
             self._steps.prepare(batch, draws)
+
+    @torch.inference_mode()
+    def prepare_decode(self, plan: DecodePlan) -> Callable[[], None]:
+        """What enqueues this greedy decode step again and again, for measurements; not while a run is under way."""
+        self._steps.prepare(plan.batch, False)
+        self._inputs.send(plan)
+        return torch.inference_mode()(partial(self._steps.launch, plan.batch, False))
 
     def _decode(self, batch: int, draws: bool) -> None:
         """A decode step of the first rows: reads and replaces their tokens, all on the device."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,10 +22,11 @@ from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption,
 
 if TYPE_CHECKING:
     from qoq.kernels.roofline import Roofline
+    from qoq_cli.bench_served import ServedPlan
 
 _DEFAULT_SHAPE = "llama-3-8b"
-_PARTS = ("gemm", "attention")
-_LATER = {"e2e": "whole-model throughput of the GPU at hand is not measured yet"}
+_PARTS = ("gemm", "attention", "e2e")
+_DEFAULT_PARTS = ("gemm", "attention")
 _AGAINST = {
     "fp16": ("fp16",),
     "bf16": ("bf16",),
@@ -50,8 +52,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="gemm (the products of a layer), attention (one decode step), e2e (throughput of the whole model, "
-            "projected only), or all.  [default: all]",
+            help="gemm (the products of a layer), attention (one decode step), e2e (throughput of the whole model), or "
+            "all.  [default: gemm,attention; projected, all]",
         ),
     ] = None,
     batch: Annotated[
@@ -77,8 +79,20 @@ def bench(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="What e2e serves: w4a8kv4-g128, w4a8kv4-chn, w4a8kv8-g128, w4a8kv8-chn.  [default: the first two]",
+            help="What e2e serves: w4a8kv4-g128, w4a8kv4-chn, w4a8kv8-g128, w4a8kv8-chn.  [default: w4a8kv4-g128 and "
+            "w4a8kv8-g128; projected, the first two]",
         ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Requests that e2e answers; all come at once.  [default: as many as fit together]",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of the GPU, for e2e: 73GB, ...  [default: most of what is free]"),
     ] = None,
     against: Annotated[
         str, typer.Option(metavar="LIST", help="Baselines: fp16, bf16, int8, fp8, w8a8, sdpa; or none.")
@@ -126,10 +140,16 @@ def bench(
 
     With `--gpu` of a GPU that is not here, the same tables and the throughput of the whole model are projected: counted
     bytes and operations over the GPU's data sheet, at the efficiency that the kernels reached on an H100. All of it is
-    labelled "projected", and has error bars. `--precision`, `--output-len` and `--price` belong to e2e.
+    labelled "projected", and has error bars.
+
+    `--what e2e` serves random weights in MODEL's sizes on qoq's own runtime, at each precision in the same memory: a
+    closed set of requests of `--prompt-len` tokens, each answered with `--output-len`, `--batch` of them at a time at
+    most. Time runs from the first prompt to the last token. fp16, w8a8 and fp8 of `--against` run on the same runtime.
+    `--precision`, `--requests`, `--memory`, `--output-len` and `--price` belong to e2e.
 
     Examples: `qoq bench`; `qoq bench llama-2-7b --what gemm --batch 1,16,64 --against fp16`;
-    `qoq bench --what attention --batch 32 --prompt-len 2048 --json`; `qoq bench llama-3-70b --gpu l40s --price 1.2`.
+    `qoq bench --what attention --batch 32 --prompt-len 2048 --json`; `qoq bench --what e2e --memory 73GB`;
+    `qoq bench llama-3-70b --gpu l40s --price 1.2`.
     """
     terminal = Terminal(as_json, quiet)
     target = None if gpu is None else _projected(device, gpu)
@@ -138,6 +158,9 @@ def bench(
 
         if plot is not None:
             raise InputError("--plot: a projection is not drawn", remedy="leave it out; --json has all figures")
+        for option, given in (("--requests", requests), ("--memory", memory)):
+            if given is not None:
+                raise InputError(f"{option}: a projection has none", remedy="leave it out; --batch says how many")
         run_projection(
             terminal,
             ProjectionPlan.parse(what, batch, prompt_len, output_len, precision, against, price),
@@ -145,10 +168,10 @@ def bench(
             target,
         )
         return
-    for option, value in (("--output-len", output_len), ("--precision", precision), ("--price", price)):
-        if value is not None:
-            raise InputError(f"{option}: throughput is only projected", remedy="name a GPU that is not here with --gpu")
     plan = _Plan(what, batch, prompt_len, against, repeat, rest)
+    served: dict[str, Any] = {"--output-len": output_len, "--precision": precision, "--price": price}
+    served |= {"--requests": requests, "--memory": memory}
+    plan.served = _served_plan(plan.parts, batch, prompt_len, against, served)
     if plot is not None:
         from qoq_cli.bench_plot import check_plot
 
@@ -180,13 +203,7 @@ class _Plan:
         if not 0 <= rest <= _MAX_REST:
             raise InputError(f"--rest {rest}: out of range", remedy=f"pass 0 to {_MAX_REST}")
         self.repeat, self.rest = repeat, rest
-        parts = ["all"] if what is None else split("--what", what)
-        for part in parts:
-            if part in _LATER:
-                raise InputError(
-                    f"--what {part}: {_LATER[part]}",
-                    remedy=f"use {', '.join(_PARTS)}, or both; --gpu with a GPU that is not here projects it",
-                )
+        parts = list(_DEFAULT_PARTS) if what is None else split("--what", what)
         if parts == ["all"]:
             parts = list(_PARTS)
         self.parts = choose("--what", parts, _PARTS)
@@ -195,9 +212,35 @@ class _Plan:
         self.gemm_variants = ["w4a8-g128", "w4a8-chn", *(v for v in variants if not v.startswith("sdpa"))]
         self.attention_variants = ["kv4", "kv8", *(v for v in variants if v.startswith("sdpa"))]
         self.rows = list(_ROWS) if batch is None else numbers("--batch", batch, MAX_ROWS)
-        if "attention" not in self.parts and prompt_len is not None:
-            raise InputError("--prompt-len: only attention has sequences", remedy="leave it out, or --what gemm")
+        if self.parts == ["gemm"] and prompt_len is not None:
+            raise InputError(
+                "--prompt-len: a product has no sequences", remedy="leave it out, or --what attention or e2e"
+            )
+        self.served: ServedPlan | None = None
         self.cases = attention_cases(self.parts, batch, prompt_len)
+
+
+def _served_plan(
+    parts: list[str], batch: str | None, prompt_len: str | None, against: str, options: Mapping[str, Any]
+) -> ServedPlan | None:
+    """The plan of e2e, None where it is not asked for. Raises InputError for its options without it."""
+    if "e2e" not in parts:
+        for option, value in options.items():
+            if value is not None:
+                raise InputError(f"{option}: only e2e serves a model", remedy="leave it out, or add e2e to --what")
+        return None
+    from qoq_cli.bench_served import ServedPlan
+
+    return ServedPlan.parse(
+        batch,
+        prompt_len,
+        options["--output-len"],
+        options["--precision"],
+        against,
+        options["--requests"],
+        options["--memory"],
+        options["--price"],
+    )
 
 
 def _shape(terminal: Terminal, model: str | None, trust_remote_code: bool) -> ModelShape:
@@ -289,6 +332,10 @@ def _run(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int, seed: i
         data["gemm"] = _gemms(terminal, plan, shape, roofline, seed)
     if "attention" in plan.parts:
         data["attention"] = _attention(terminal, plan, shape, roofline, seed)
+    if plan.served is not None:
+        from qoq_cli.bench_served import run_served
+
+        data["e2e"] = run_served(terminal, plan.served, shape, index, roofline, seed)
     data["state"] = {"before": asdict(before), "after": asdict(read_state(index))}
     return data
 
@@ -347,8 +394,16 @@ def _compile(terminal: Terminal, plan: _Plan, shape: ModelShape, index: int) -> 
     specs = []
     if "gemm" in plan.parts:
         specs += gemm_kernels(shape.layer_gemms(), plan.rows, plan.gemm_variants, arch)
-    if "attention" in plan.parts:
+    if "attention" in plan.parts or plan.served is not None:
         from qoq.kernels import attention, kv_cache
 
         specs += [*kv_cache.specs(arch), *attention.specs(arch)]
+    if plan.served is not None:
+        from qoq.kernels import act_quant
+        from qoq.kernels.bench_served import gemm_rows
+
+        kinds = {"g128": "w4a8-g128", "per_channel": "w4a8-chn", "int8": "w8a8"}
+        variants = [kinds[p.weights] for p in plan.served.precisions if p.weights in kinds]
+        rows = gemm_rows(max(plan.served.batches))
+        specs += [*act_quant.specs(arch), *gemm_kernels(shape.layer_gemms(), rows, variants, arch)]
     compile_with_progress(terminal, [(spec, arch) for spec in specs])

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from qoq.recipes.errors import InputError
 from qoq_cli import __version__
-from qoq_cli.commands.quantize import parse_size
 from qoq_cli.progress import progress, size
+from qoq_cli.sizes import parse_size
 from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded, print_text
 
 
@@ -75,7 +75,7 @@ def export(
                 opened,
                 exporter,
                 target,
-                max_shard_bytes=parse_size(max_shard_size),
+                max_shard_bytes=parse_size("--max-shard-size", max_shard_size),
                 tool_version=__version__,
                 on_step=update,
             )

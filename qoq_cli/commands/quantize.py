@@ -18,6 +18,7 @@ from qoq_cli import __version__
 from qoq_cli.devices import resolve_device
 from qoq_cli.model_location import EMBEDDED, builtin_texts, resolve_model
 from qoq_cli.progress import duration, progress, size
+from qoq_cli.sizes import parse_size
 from qoq_cli.terminal import (
     DeviceOption,
     JsonOption,
@@ -150,7 +151,7 @@ def quantize(
             revision=location.revision,
             device=resolve_device(device),
             kept_dtype="bfloat16" if dtype == "bfloat16" else "float16",
-            max_shard_bytes=parse_size(max_shard_size),
+            max_shard_bytes=parse_size("--max-shard-size", max_shard_size),
             trust_remote_code=trust_remote_code,
             strict=strict,
         )
@@ -209,20 +210,6 @@ def build_recipe(
         raise InputError(
             f"--{option} {first['input']!r}: {said}", remedy="`qoq quantize -h` says what each option takes"
         ) from error
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `5GB`, `500MB` or `1000000`. Raises InputError."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-    upper = text.strip().upper().replace("I", "")
-    unit = next((unit for unit in units if upper.endswith(unit)), "")
-    try:
-        count = float(upper.removesuffix(unit)) * units.get(unit, 1)
-    except ValueError:
-        count = 0
-    if not 1 <= count < 10**15:
-        raise InputError(f"--max-shard-size {text!r}: not a size", remedy="write it like 5GB or 500MB")
-    return int(count)
 
 
 def _run(terminal: Terminal, plan: Plan, *, restart: bool) -> RunResult:
