@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -13,28 +14,26 @@ from qoq_cli.bench_tables import print_titled, short
 from qoq_cli.terminal import print_text
 
 _GB = 1e9
-_GROUPS = 5
-"""Kinds of kernels that have a column of their own."""
 
 
 def render_served(console: Console, data: dict[str, Any], shape: dict[str, Any]) -> None:
-    """Print one table for each pair of lengths, and one of single decode steps."""
+    """Print two tables for each pair of lengths, and two of single decode steps."""
     results = data["results"]
     for (prompt_len, output_len), rows in groupby(
         results, key=lambda row: (row["case"]["prompt_len"], row["case"]["output_len"])
     ):
-        title = f"Throughput of {shape['name']}, {prompt_len} tokens in, {output_len} out"
-        print_titled(console, title, _throughput(list(rows), with_price=data["price"] is not None))
-    steps = list({_step_key(step): step for row in results for step in row["decode"]}.values())
-    if steps:
-        print_titled(console, "One decode step, µs a layer by kind of kernel", _decode(steps, shape["num_layers"]))
+        found, lengths = list(rows), f"{shape['name']}, {prompt_len} tokens in, {output_len} out"
+        print_titled(console, f"Throughput of {lengths}", _throughput(found, with_price=data["price"] is not None))
+        print_titled(console, f"What a request waits for: {lengths}", _latency(found))
+    for title, steps in _steps(results):
+        print_titled(console, title, _decode(steps, shape["num_layers"]))
     for what, why in data["skipped"].items():
         print_text(console, f"not measured: {what}: {why}", style="dim")
     if results:
         print_text(
             console,
-            "all requests come at once; (at once): how many fit with all of their tokens; tokens/s: output tokens over "
-            "all the time; p50 (p99) over requests; roof: weights, lm_head, cache read once at the measured bandwidth",
+            "all requests come at once; at once: how many fit with all of their tokens; tokens/s: output tokens over "
+            "all the time; roof: weights, lm_head and cache read once at the measured bandwidth",
             style="dim",
         )
 
@@ -42,56 +41,71 @@ def render_served(console: Console, data: dict[str, Any], shape: dict[str, Any])
 def _throughput(rows: list[dict[str, Any]], *, with_price: bool) -> Table:
     """One line for each precision and batch; the fastest is green."""
     with_energy = any(row["joules_per_token"] is not None for row in rows)
-    table = Table()
-    table.add_column("precision", no_wrap=True)
-    headings = ["requests\n(at once)", "tokens/s", "ms per\ntoken", "first\ntoken, s", "GB: weights\n+ KV"]
-    headings += ["J per\ntoken"] * with_energy + ["tokens\nper $"] * with_price
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ["requests", "at\nonce", "tokens/s", "GB: weights\n+ KV"]
+    table = _table([*headings, *["J per\ntoken"] * with_energy, *["tokens\nper $"] * with_price])
     best = max(row["tokens_per_s"] for row in rows)
     for row in rows:
         memory, speed = row["memory"], row["tokens_per_s"]
         cells = [
-            Text(row["precision"], "bold" if row["precision"].startswith("w4a8") else ""),
-            Text(f"{row['requests']} ({row['together']})"),
+            Text(str(row["requests"])),
+            Text(str(row["together"])),
             Text(f"{speed:.0f}", "green" if speed == best else ""),
-            Text(_spread(row["token_ms"])),
-            Text(_spread(row["first_token_s"])),
             Text(f"{memory['weights'] / _GB:.1f} + {memory['page'] * memory['num_pages'] / _GB:.1f}"),
         ]
         if with_energy:
             cells.append(Text("-" if row["joules_per_token"] is None else f"{row['joules_per_token']:.3f}"))
         if with_price:
             cells.append(Text(f"{short(row['tokens_per_dollar'] / 1e6)} M"))
-        table.add_row(*cells)
+        table.add_row(_name(row), *cells)
     return table
 
 
-def _spread(percentiles: dict[str, float] | None) -> str:
-    return "-" if percentiles is None else f"{short(percentiles['p50'])} ({short(percentiles['p99'])})"
+def _latency(rows: list[dict[str, Any]]) -> Table:
+    """The same lines."""
+    table = _table(["requests", "ms per token\np50", "\np99", "first token, s\np50", "\np99"])
+    for row in rows:
+        waits = [row["token_ms"], row["first_token_s"]]
+        cells = ["-" if wait is None else short(wait[which]) for wait in waits for which in ("p50", "p99")]
+        table.add_row(_name(row), str(row["requests"]), *cells)
+    return table
 
 
-def _step_key(step: dict[str, Any]) -> tuple[str, int, int]:
-    return step["precision"], step["batch"], step["context"]
+def _table(headings: list[str]) -> Table:
+    table = Table()
+    table.add_column("precision", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _name(row: dict[str, Any]) -> Text:
+    return Text(row["precision"], "bold" if row["precision"].startswith("w4a8") else "")
+
+
+def _steps(results: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Decode steps of one sequence, and those of as many as fit, each once."""
+    steps = {(step["precision"], step["batch"], step["context"]): step for row in results for step in row["decode"]}
+    for title, alone in (("One sequence", True), ("As many as fit", False)):
+        found = [step for step in steps.values() if (step["batch"] == 1) == alone]
+        if found:
+            yield f"{title}: a decode step, by kind of kernel in µs a layer", found
 
 
 def _decode(steps: list[dict[str, Any]], layers: int) -> Table:
-    """Kinds of kernels by the time that all of them take."""
+    """A column for each step; kinds of kernels by the time that all of them take."""
     totals: dict[str, float] = {}
     for step in steps:
         for group, us in step["kernels_us"].items():
             totals[group] = totals.get(group, 0.0) + us
-    groups = sorted(totals, key=lambda group: -totals[group])[:_GROUPS]
     table = Table()
-    table.add_column("precision", no_wrap=True)
-    for heading in ("sequences\nx tokens", "step, ms", "roof", *(group.replace(" ", "\n") for group in groups)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for step in steps:
-        table.add_row(
-            step["precision"],
-            f"{step['batch']} x {step['context']}",
-            short(step["step_us"]["median_us"] / 1000),
-            f"{step['roof_percent']:.0f} %",
-            *(short(step["kernels_us"][group] / layers) if group in step["kernels_us"] else "-" for group in groups),
-        )
+        table.add_column(step["precision"].replace("-", "\n"), justify="right", no_wrap=True)
+    table.add_row("sequences", *(str(step["batch"]) for step in steps))
+    table.add_row("tokens of each", *(str(step["context"]) for step in steps))
+    table.add_row("ms", *(short(step["step_us"]["median_us"] / 1000) for step in steps))
+    table.add_row("roof", *(f"{step['roof_percent']:.0f} %" for step in steps), end_section=True)
+    for group in sorted(totals, key=lambda group: -totals[group]):
+        kernels = [step["kernels_us"].get(group) for step in steps]
+        table.add_row(group, *("-" if us is None else short(us / layers) for us in kernels))
     return table

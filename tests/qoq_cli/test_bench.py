@@ -126,8 +126,7 @@ def test_sizes_come_from_a_checkpoint_or_a_model(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--what", "e2e"), "--what e2e: whole-model throughput of the GPU at hand is not measured yet"),
-        (("--what", "gem"), "use some of gemm, attention"),
+        (("--what", "gem"), "use some of gemm, attention, e2e"),
         (("--against", "fp16,marlin"), "--against marlin"),
         (("--batch", "0"), "--batch 0: expected whole numbers"),
         (("--batch", "1,,2"), "--batch '1,,2'"),
@@ -139,12 +138,12 @@ def test_sizes_come_from_a_checkpoint_or_a_model(
         (("--plot", "speed.pdf"), "--plot speed.pdf"),
         (("--plot", "no/such/speed.svg"), "no folder no/such"),
         (("--what", "attention", "--batch", "32"), "--batch 32: attention also needs the tokens of each sequence"),
-        (("--what", "gemm", "--prompt-len", "1024"), "--prompt-len: only attention has sequences"),
+        (("--what", "gemm", "--prompt-len", "1024"), "--prompt-len: a product has no sequences"),
         (("--batch", "8192", "--prompt-len", "1024"), "attention takes at most 4096 sequences"),
         (("no-such-model",), "no-such-model"),
-        (("--price", "1.2"), "--price: throughput is only projected"),
-        (("--output-len", "64"), "--output-len: throughput is only projected"),
-        (("--precision", "fp16"), "--precision: throughput is only projected"),
+        (("--price", "1.2"), "--price: only e2e serves a model"),
+        (("--output-len", "64"), "--output-len: only e2e serves a model"),
+        (("--precision", "fp16"), "--precision: only e2e serves a model"),
     ],
 )
 def test_wrong_options_are_named(args: tuple[str, ...], words: str, qoq: Any) -> None:
