@@ -14,13 +14,13 @@ from qoq.recipes.gpus import Gpu
 from qoq.recipes.precisions import PRECISIONS, Precision, find_precision
 from qoq.recipes.shapes import ModelShape
 from qoq_cli.bench_options import (
-    MAX_LENGTH,
     MAX_ROWS,
     MAX_SEQUENCES,
     attention_cases,
-    check_served,
+    check_price,
     choose,
     numbers,
+    served_lengths,
     split,
 )
 from qoq_cli.projection_tables import render_projection
@@ -37,14 +37,14 @@ _ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 
 @dataclass(frozen=True)
 class ProjectionPlan:
-    """The options, checked. `cases`, and an entry of `batches`, are None where the defaults are meant."""
+    """The options, checked. `cases`, and an entry of `batches`, are None where the defaults are meant; `lengths` are of
+    prompts and answers."""
 
     parts: list[str]
     rows: list[int]
     cases: list[tuple[int, int]] | None
     batches: list[int | None]
-    prompt_lens: list[int]
-    output_len: int
+    lengths: list[tuple[int, int]]
     precisions: list[Precision]
     against: list[str]
     price: float | None
@@ -54,7 +54,7 @@ class ProjectionPlan:
         what: str | None,
         batch: str | None,
         prompt_len: str | None,
-        output_len: int | None,
+        output_len: str | None,
         precision: str | None,
         against: str,
         price: float | None,
@@ -67,7 +67,7 @@ class ProjectionPlan:
                 raise InputError(f"{option}: only e2e serves a model", remedy="leave it out, or add e2e to --what")
         if parts == ["gemm"] and prompt_len is not None:
             raise InputError("--prompt-len: a product has no sequences", remedy="leave it out, or --what attention,e2e")
-        check_served(output_len, price)
+        check_price(price)
         rows = list(_ROWS) if batch is None else numbers("--batch", batch, MAX_ROWS)
         batches: list[int | None] = [None] if batch is None else [each for each in rows if each <= MAX_SEQUENCES]
         if "e2e" in parts and not batches:
@@ -78,8 +78,7 @@ class ProjectionPlan:
             rows=rows,
             cases=attention_cases(parts, batch, prompt_len),
             batches=batches,
-            prompt_lens=[1024] if prompt_len is None else numbers("--prompt-len", prompt_len, MAX_LENGTH),
-            output_len=output_len or 512,
+            lengths=served_lengths(prompt_len, output_len),
             precisions=[find_precision(name) for name in names],
             against=[] if against == "none" else choose("--against", split("--against", against), _AGAINST),
             price=price,
@@ -140,12 +139,12 @@ def _project(plan: ProjectionPlan, shape: ModelShape, gpu: Gpu) -> dict[str, Any
                     gpu,
                     precision,
                     prompt_len=prompt_len,
-                    output_len=plan.output_len,
+                    output_len=output_len,
                     sequences=sequences,
                     price=plan.price,
                 )
             )
-            for prompt_len in plan.prompt_lens
+            for prompt_len, output_len in plan.lengths
             for sequences in plan.batches
             for precision in map(find_precision, names)
             if runs_on(gpu, precision)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qoq.recipes.errors import InputError
 from qoq.recipes.precisions import PRECISIONS, Precision, find_precision
 from qoq.recipes.shapes import ModelShape
-from qoq_cli.bench_options import MAX_LENGTH, MAX_SEQUENCES, check_served, choose, numbers, split
+from qoq_cli.bench_options import MAX_SEQUENCES, check_price, choose, numbers, served_lengths, split
 from qoq_cli.progress import progress
 from qoq_cli.sizes import parse_size
 from qoq_cli.terminal import Terminal
@@ -25,11 +25,10 @@ _MAX_REQUESTS = 1 << 20
 
 @dataclass(frozen=True)
 class ServedPlan:
-    """The options, checked."""
+    """The options, checked. `lengths` are of prompts and answers."""
 
     batches: list[int]
-    prompt_lens: list[int]
-    output_len: int
+    lengths: list[tuple[int, int]]
     precisions: list[Precision]
     requests: int | None
     memory_bytes: int | None
@@ -39,7 +38,7 @@ class ServedPlan:
     def parse(
         batch: str | None,
         prompt_len: str | None,
-        output_len: int | None,
+        output_len: str | None,
         precision: str | None,
         against: str,
         requests: int | None,
@@ -47,7 +46,7 @@ class ServedPlan:
         price: float | None,
     ) -> ServedPlan:
         """From the options of `qoq bench`. Raises InputError that names the option."""
-        check_served(output_len, price)
+        check_price(price)
         if requests is not None and not 1 <= requests <= _MAX_REQUESTS:
             raise InputError(f"--requests {requests}: out of range", remedy=f"pass 1 to {_MAX_REQUESTS}")
         ours = _DEFAULT_OURS if precision is None else choose("--precision", split("--precision", precision), _OURS)
@@ -55,8 +54,7 @@ class ServedPlan:
         names = dict.fromkeys([*ours, *(_AGAINST[name] for name in others if name in _AGAINST)])
         return ServedPlan(
             batches=[_MOST_SEQUENCES] if batch is None else numbers("--batch", batch, MAX_SEQUENCES),
-            prompt_lens=[1024] if prompt_len is None else numbers("--prompt-len", prompt_len, MAX_LENGTH),
-            output_len=output_len or 512,
+            lengths=served_lengths(prompt_len, output_len),
             precisions=[find_precision(name) for name in names],
             requests=requests,
             memory_bytes=None if memory is None else parse_size("--memory", memory),
@@ -75,8 +73,8 @@ def run_served(
     from qoq.kernels.runtime.model import Options
 
     cases = [
-        ServedCase(prompt_len, plan.output_len, batch, plan.requests)
-        for prompt_len in plan.prompt_lens
+        ServedCase(prompt_len, output_len, batch, plan.requests)
+        for prompt_len, output_len in plan.lengths
         for batch in plan.batches
     ]
     precisions, skipped = plan.precisions, {}

@@ -73,7 +73,11 @@ def bench(
         ),
     ] = None,
     output_len: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens that e2e generates for each prompt.  [default: 512]")
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens that e2e generates for a prompt: one number, or one for each of --prompt-len.  [default: 512]",
+        ),
     ] = None,
     precision: Annotated[
         str | None,

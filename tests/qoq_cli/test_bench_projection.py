@@ -131,7 +131,7 @@ def test_hopper_and_blackwell_say_which_kernels(qoq: Any) -> None:
         (("--gpu", "l40s", "--what", "gemm", "--price", "1"), "--price: only e2e serves a model"),
         (("--gpu", "l40s", "--what", "gemm", "--output-len", "9"), "--output-len: only e2e serves a model"),
         (("--gpu", "l40s", "--what", "gemm", "--prompt-len", "9"), "--prompt-len: a product has no sequences"),
-        (("--gpu", "l40s", "--output-len", "0"), "--output-len 0: out of range"),
+        (("--gpu", "l40s", "--output-len", "0"), "--output-len 0: expected whole numbers"),
         (("--gpu", "l40s", "--precision", "w4a16"), "--precision w4a16: not known"),
         (("--gpu", "l40s", "--against", "marlin"), "--against marlin: not known"),
         (("--gpu", "l40s", "--what", "e2e,fast"), "--what fast: not known"),

@@ -124,6 +124,11 @@ def test_options_reach_the_benchmark(qoq: Any, measured: dict[str, Any]) -> None
     assert measured["seed"] == 4
 
 
+def test_each_prompt_can_have_an_answer_of_its_own_length(qoq: Any, measured: dict[str, Any]) -> None:
+    qoq("bench", "--what", "e2e", "--prompt-len", "1024,1000,128,1000", "--output-len", "512,1000,128,1000")
+    assert [(case.prompt_len, case.output_len) for case in measured["cases"]] == [(1024, 512), (1000, 1000), (128, 128)]
+
+
 def test_baselines_are_chosen_and_float8_needs_a_gpu_that_has_it(
     qoq: Any, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +149,8 @@ def test_baselines_are_chosen_and_float8_needs_a_gpu_that_has_it(
         (("--requests", "5"), "--requests: only e2e serves a model"),
         (("--what", "e2e", "--requests", "0"), "--requests 0: out of range"),
         (("--what", "e2e", "--memory", "much"), "--memory 'much': not a size"),
+        (("--what", "e2e", "--output-len", "0"), "--output-len 0: expected whole numbers"),
+        (("--what", "e2e", "--prompt-len", "1,2,3", "--output-len", "4,5"), "--output-len 4,5: 2 lengths for 3"),
         (("--what", "e2e", "--price", "-1"), "--price -1.0"),
         (("--what", "e2e", "--precision", "int3"), "--precision int3: not known"),
         (("--what", "e2e", "--batch", "5000"), "--batch 5000"),
