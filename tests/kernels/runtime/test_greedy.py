@@ -128,6 +128,22 @@ def test_answers_end_where_they_should(checkpoints: Any) -> None:
     assert run.model.pool.free == run.model.pool.num_pages
 
 
+def test_drawn_answers_do_not_depend_on_the_batch(checkpoints: Any) -> None:
+    """Nor on chunks, nor on being set back: only on the request."""
+    requests = [
+        Request(prompt, 70, temperature=temperature, top_p=0.9, seed=seed)
+        for prompt, temperature, seed in zip(
+            random_prompts(LENS), (1.5, 0, 1.0, 0.7, 2.0, 1.0, 1.0), range(7), strict=True
+        )
+    ]
+    together = engine(checkpoints("llama"), num_pages=5).generate(requests)
+    assert sum(completion.preemptions for completion in together) > 0
+    alone = engine(checkpoints("llama"), max_batch=1, chunk_tokens=4096)
+    assert [c.tokens for c in together] == [alone.generate([request])[0].tokens for request in requests]
+    other = alone.generate([Request(requests[0].prompt, 70, temperature=1.5, top_p=0.9, seed=99)])[0]
+    assert other.tokens != together[0].tokens
+
+
 @pytest.mark.parametrize("chunk_tokens", [40, 64, 4096])
 def test_logits_of_windows(checkpoints: Any, chunk_tokens: int) -> None:
     """Several windows a step, or one in several steps: transformers' logits."""
