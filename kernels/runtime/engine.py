@@ -133,14 +133,15 @@ class _Run:
 
     def turn(self) -> None:
         """Launch what can run, then look at the tokens of the turn before: of this one too if nothing was launched."""
-        before = len(self._flights)
+        before, rows = len(self._flights), 0
         chunks = self.scheduler.next_chunks()
         if chunks:
             self._prefill(chunks)
-        if self.scheduler.lacks_pages():
-            self._land(0)
-            before = 0
-        rows = self._decode()
+        if not (chunks and self._model.options.prefill_first):
+            if self.scheduler.lacks_pages():
+                self._land(0)
+                before = 0
+            rows = self._decode()
         self._land(len(self._flights) - before if chunks or rows else 0)
 
     def end(self) -> None:

@@ -49,6 +49,7 @@ class Options:
     memory_bytes   for everything; None: most of a GPU's memory that is free, or what max_batch needs, up to 2 GiB
     num_pages      of the cache, at most, instead of what max_batch needs
     graphs         decode steps are CUDA graphs where there is a GPU
+    prefill_first  no decode step while there is something to prefill: more tokens a second, at longer pauses
     compiled       what surrounds 16-bit and float8 products is compiled by torch.compile (`elementwise`)
     """
 
@@ -64,6 +65,7 @@ class Options:
     memory_bytes: int | None = None
     num_pages: int | None = None
     graphs: bool = True
+    prefill_first: bool = False
     compiled: bool = False
 
     def __post_init__(self) -> None:

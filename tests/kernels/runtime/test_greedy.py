@@ -97,6 +97,17 @@ def test_preemption_and_pages_that_were_used_before(checkpoints: Any) -> None:
         assert small.model.pool.free == 5
 
 
+def test_prefill_first(checkpoints: Any) -> None:
+    """All prompts, then all answers: the same tokens in fewer steps."""
+    prompts = random_prompts(LENS)
+    between, first = engine(checkpoints("llama")), engine(checkpoints("llama"), prefill_first=True)
+    assert answers(first, prompts) == answers(between, prompts)
+    assert first.stats.prefill_steps == between.stats.prefill_steps
+    assert first.stats.decode_steps == COUNT - 1 < between.stats.decode_steps
+    small = engine(checkpoints("llama"), prefill_first=True, num_pages=5)
+    assert answers(small, prompts) == answers(between, prompts)
+
+
 def test_one_row(checkpoints: Any) -> None:
     prompts = random_prompts(LENS)
     expected = answers(engine(checkpoints("qwen3")), prompts)
