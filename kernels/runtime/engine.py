@@ -68,10 +68,16 @@ class Engine:
     ) -> list[Completion]:
         """The answers, in the order of the requests; `on_token` is told of each token when it is known.
 
-        Raises InputError, before anything runs, for a request that is longer than what there is room for.
+        Raises InputError, before anything runs, for a request that makes no sense or is longer than there is room for.
         """
-        longest = self.model.longest
+        longest, vocabulary = self.model.longest, self.model.config.vocab_size
         for index, request in enumerate(requests):
+            if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
+                raise InputError(
+                    f"request {index}: tokens {min(request.prompt)} to {max(request.prompt)}, but the model has "
+                    f"{vocabulary}, from 0 on",
+                    remedy="use the tokenizer of this model",
+                )
             if request.longest > longest:
                 raise InputError(
                     f"request {index}: {len(request.prompt)} tokens and {request.max_new_tokens} new ones, but a "
