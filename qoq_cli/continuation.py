@@ -58,7 +58,8 @@ def continue_on_runtime(path: Path, device: str, wanted: Continuation, *, on_tok
         seed=wanted.seed,
         stop=stop_tokens(path, read_config(path)),
     )
-    options = Options(device=device, max_batch=1, max_tokens=request.longest)
+    chunk_tokens = min(Options.chunk_tokens, len(wanted.prompt))
+    options = Options(device=device, max_batch=1, max_tokens=request.longest, chunk_tokens=chunk_tokens)
     engine = Engine(RuntimeModel.from_folder(path, options))
     (answer,) = engine.generate([request], on_token=lambda _, token: on_token(token))
     return Continued(answer.tokens, engine.stats.seconds)

@@ -86,9 +86,3 @@ class RopeTables:
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Those of positions [T]: [T, 1, D]."""
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] turned, each step rounded to its dtype, as transformers' apply_rotary_pos_emb does."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig
 
 from qoq.formats.arithmetic import rotates
-from qoq.formats.sources import is_gguf
 from qoq.recipes.errors import InputError, raise_problems
 from qoq.recipes.families import Family, family_of
 from qoq.recipes.schema import KeyRotation
@@ -82,10 +81,9 @@ class RuntimeConfig:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """transformers' configuration of a model folder or GGUF file. Raises InputError."""
-    folder, options = (path.parent, {"gguf_file": path.name}) if is_gguf(path) else (path, {})
+    """transformers' configuration of a model folder. Raises InputError."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: cannot read the model's configuration: {first}", remedy=_GIVE_MODEL) from error
@@ -143,7 +141,7 @@ def config_of_shape(shape: ModelShape, *, max_positions: int = _MAX_POSITIONS) -
 def stop_tokens(path: Path, config: PretrainedConfig) -> frozenset[int]:
     """The tokens that end a text, as generation_config.json says, else config.json."""
     found: Any = config.eos_token_id
-    if not is_gguf(path) and (path / "generation_config.json").is_file():
+    if (path / "generation_config.json").is_file():
         try:
             found = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id or found
         except (OSError, ValueError, json.JSONDecodeError) as error:

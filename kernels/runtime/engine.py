@@ -69,10 +69,16 @@ class Engine:
     ) -> list[Completion]:
         """The answers, in the order of the requests; `on_token` is told of each token when it is known.
 
-        Raises InputError, before anything runs, for a request that is longer than what there is room for.
+        Raises InputError, before anything runs, for a request that makes no sense or is longer than there is room for.
         """
-        longest = self.model.longest
+        longest, vocabulary = self.model.longest, self.model.config.vocab_size
         for index, request in enumerate(requests):
+            if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
+                raise InputError(
+                    f"request {index}: tokens {min(request.prompt)} to {max(request.prompt)}, but the model has "
+                    f"{vocabulary}, from 0 on",
+                    remedy="use the tokenizer of this model",
+                )
             if request.longest > longest:
                 raise InputError(
                     f"request {index}: {len(request.prompt)} tokens and {request.max_new_tokens} new ones, but a "
@@ -141,14 +147,15 @@ class _Run:
 
     def turn(self) -> None:
         """Launch what can run, then look at the tokens of the turn before: of this one too if nothing was launched."""
-        before = len(self._flights)
+        before, rows = len(self._flights), 0
         chunks = self.scheduler.next_chunks()
         if chunks:
             self._prefill(chunks)
-        if self.scheduler.lacks_pages():
-            self._land(0)
-            before = 0
-        rows = self._decode()
+        if not (chunks and self._model.options.prefill_first):
+            if self.scheduler.lacks_pages():
+                self._land(0)
+                before = 0
+            rows = self._decode()
         self._land(len(self._flights) - before if chunks or rows else 0)
 
     def end(self) -> None:

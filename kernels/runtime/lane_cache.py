@@ -17,8 +17,9 @@ from qoq.kernels.extend import flash_packed, flash_plain, merge_by_lse
 from qoq.kernels.extend_batch import FlashCall
 from qoq.kernels.extend_plan import BUSY_BLOCKS, PART_KEYS
 from qoq.kernels.layouts import PAGE_SIZE
-from qoq.kernels.runtime.attention import Attend, ExtendStep, KVCache, RopeTables, Step, apply_rope
+from qoq.kernels.runtime.attention import Attend, ExtendStep, KVCache, RopeTables, Step
 from qoq.kernels.runtime.config import RuntimeConfig
+from qoq.kernels.runtime.elementwise import Fuse, apply_rope, plain
 from qoq.kernels.upload import Upload
 
 
@@ -28,11 +29,17 @@ class LaneCache(KVCache):
     idle_len = 1
 
     def __init__(
-        self, config: RuntimeConfig, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: RuntimeConfig,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        fuse: Fuse = plain,
     ) -> None:
         self.page_size = page_size
         self.idle_slot = num_pages * page_size
-        self._config = config
+        self._config, self._turn = config, fuse(apply_rope)
         size = (config.num_layers, 2, num_pages * page_size + PAGE_SIZE, config.num_kv_heads, config.head_dim)
         self._memory = torch.zeros(size, dtype=dtype, device=device)
         self._rope = RopeTables(config, device, dtype)
@@ -44,10 +51,10 @@ class LaneCache(KVCache):
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._memory[layer]
-            keys.index_copy_(0, step.slots, apply_rope(key, cos, sin))
+            keys.index_copy_(0, step.slots, self._turn(key, cos, sin))
             values.index_copy_(0, step.slots, value)
             window = config.windows[layer]
-            return _attend(apply_rope(query, cos, sin), keys, values, calls[window], config.scale, window)
+            return _attend(self._turn(query, cos, sin), keys, values, calls[window], config.scale, window)
 
         return attend
 

@@ -25,30 +25,34 @@ from torch.nn import functional
 import qoq.kernels.ops  # noqa: F401  (registers the operators)
 from qoq.formats.arithmetic import IntegerWeight, linear_forward
 from qoq.kernels.act_quant import Quantized
-
-_FP8_MAX = 448.0
-"""Of float8_e4m3fn, whose conversion makes NaN of what is larger."""
+from qoq.kernels.runtime.elementwise import (
+    Fuse,
+    add_rms_norm,
+    add_rms_norm_fp8,
+    plain,
+    rms_norm,
+    rms_norm_fp8,
+    silu_mul,
+    silu_mul_fp8,
+    to_fp8,
+)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times weight [K]."""
+    """RMSNorm with weight [K] in the dtype of what it is applied to."""
 
     weight: Tensor
     eps: float
 
     def of(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up [M, K] of gate_up [M, 2 K]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(ABC):
-    """y [M, N] of inputs [M, K], in their dtype."""
+    """y [M, N] of inputs [M, K], in their dtype; `fuse` runs what comes before the product, unless kernels do."""
+
+    fuse: Fuse = staticmethod(plain)
 
     @abstractmethod
     def of(self, x: Tensor) -> Tensor:
@@ -56,16 +60,16 @@ class Linear(ABC):
 
     def of_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """The product with RMSNorm(x)."""
-        return self.of(norm.of(x))
+        return self.of(self.fuse(rms_norm)(x, norm.weight, norm.eps))
 
     def of_add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """The product with RMSNorm(x + residual), and that sum."""
-        added = x + residual
-        return self.of(norm.of(added)), added
+        normalized, added = self.fuse(add_rms_norm)(x, residual, norm.weight, norm.eps)
+        return self.of(normalized), added
 
     def of_silu_mul(self, gate_up: Tensor) -> Tensor:
         """The product with silu(gate) * up."""
-        return self.of(silu_mul(gate_up))
+        return self.of(self.fuse(silu_mul)(gate_up))
 
     @property
     @abstractmethod
@@ -79,6 +83,7 @@ class DenseLinear(Linear):
 
     weight: Tensor
     bias: Tensor | None
+    fuse: Fuse = plain
 
     def of(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -218,17 +223,24 @@ class Fp8Linear(Linear):
     weight: Tensor
     scale: Tensor
     act_scale: Tensor
+    fuse: Fuse = plain
 
     def of(self, x: Tensor) -> Tensor:
-        codes = (x / self.act_scale.to(x.dtype)).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
-        return torch._scaled_mm(
-            codes,
-            self.weight.t(),
-            scale_a=self.act_scale,
-            scale_b=self.scale,
-            out_dtype=x.dtype,
-            use_fast_accum=True,
-        )
+        return self._product(self.fuse(to_fp8)(x, self.act_scale), x.dtype)
+
+    def of_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return self._product(self.fuse(rms_norm_fp8)(x, norm.weight, norm.eps, self.act_scale), x.dtype)
+
+    def of_add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        codes, added = self.fuse(add_rms_norm_fp8)(x, residual, norm.weight, norm.eps, self.act_scale)
+        return self._product(codes, x.dtype), added
+
+    def of_silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._product(self.fuse(silu_mul_fp8)(gate_up, self.act_scale), gate_up.dtype)
+
+    def _product(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        scales = {"scale_a": self.act_scale, "scale_b": self.scale}
+        return torch._scaled_mm(codes, self.weight.t(), **scales, out_dtype=dtype, use_fast_accum=True)
 
     @property
     def nbytes(self) -> int:

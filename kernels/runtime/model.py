@@ -14,6 +14,7 @@ from qoq.kernels.layouts import PAGE_SIZE
 from qoq.kernels.runtime.attention import KVCache, page_nbytes
 from qoq.kernels.runtime.config import RuntimeConfig, config_of_shape, read_config, runtime_config
 from qoq.kernels.runtime.decoder import Decoder
+from qoq.kernels.runtime.elementwise import Fuse, compiled, plain
 from qoq.kernels.runtime.kernel_cache import KernelCache
 from qoq.kernels.runtime.lane_cache import LaneCache
 from qoq.kernels.runtime.memory import GPU_RESERVE, MemoryPlan, plan_memory, workspace_nbytes
@@ -48,6 +49,8 @@ class Options:
     memory_bytes   for everything; None: most of a GPU's memory that is free, or what max_batch needs, up to 2 GiB
     num_pages      of the cache, at most, instead of what max_batch needs
     graphs         decode steps are CUDA graphs where there is a GPU
+    prefill_first  no decode step while there is something to prefill: more tokens a second, at longer pauses
+    compiled       what surrounds 16-bit and float8 products is compiled by torch.compile (`elementwise`)
     """
 
     device: str = "cpu"
@@ -62,6 +65,8 @@ class Options:
     memory_bytes: int | None = None
     num_pages: int | None = None
     graphs: bool = True
+    prefill_first: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_tokens", "chunk_tokens", "num_pages"):
@@ -106,6 +111,7 @@ class RuntimeModel:
                 dtype=dtype,
                 arithmetic=arithmetic,
                 act_bits=options.act_bits,
+                fuse=_fuse(options),
                 on_block=on_block,
             )
             return RuntimeModel(config, weights, options)
@@ -121,7 +127,13 @@ class RuntimeModel:
         dtype = options.dtype or (torch.float32 if device.type == "cpu" else sixteen)
         with torch.inference_mode():
             weights = random_weights(
-                config, precision.weights, device=device, dtype=dtype, arithmetic=arithmetic, seed=seed
+                config,
+                precision.weights,
+                device=device,
+                dtype=dtype,
+                arithmetic=arithmetic,
+                seed=seed,
+                fuse=_fuse(options),
             )
             return RuntimeModel(config, weights, options)
 
@@ -158,7 +170,7 @@ class RuntimeModel:
         if kind is KernelCache:
             return KernelCache(self.config, pages, self.device)
         if kind is LaneCache:
-            return LaneCache(self.config, pages, page_size, self.device, self.dtype)
+            return LaneCache(self.config, pages, page_size, self.device, self.dtype, _fuse(self.options))
         return ReferenceCache(self.config, pages, self.device, self.dtype)
 
 
@@ -174,6 +186,10 @@ def resolve_arithmetic(options: Options) -> Arithmetic:
     if problem is not None:
         raise EnvironmentProblem(f"the kernels cannot run: {problem}", remedy="`qoq doctor` says what is missing")
     return "kernels"
+
+
+def _fuse(options: Options) -> Fuse:
+    return compiled if options.compiled else plain
 
 
 def _cache_kind(config: RuntimeConfig, options: Options) -> type[KVCache]:

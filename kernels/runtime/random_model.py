@@ -11,6 +11,7 @@ from qoq.formats.packing import padded_in_features
 from qoq.kernels.modules import wants_tiles
 from qoq.kernels.random_weights import random_packed_linear
 from qoq.kernels.runtime.config import RuntimeConfig
+from qoq.kernels.runtime.elementwise import Fuse, plain
 from qoq.kernels.runtime.linears import DenseLinear, Fp8Linear, Int8Linear, Linear, Norm, TiledLinear
 from qoq.kernels.runtime.weights import Arithmetic, BlockWeights, ModelWeights, place_checked, place_packed
 from qoq.kernels.tiles import tile_int8_weights
@@ -31,6 +32,7 @@ def random_weights(
     dtype: torch.dtype,
     arithmetic: Arithmetic,
     seed: int = 0,
+    fuse: Fuse = plain,
 ) -> ModelWeights:
     """Weights of no meaning in the sizes of `config`, linears of kind `weights`; no float copy of a model is made.
 
@@ -41,7 +43,7 @@ def random_weights(
     def normal(*shape: int, spread: float = _SPREAD) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=spread, generator=generator)
 
-    make = _maker(weights, arithmetic, generator, normal)
+    make = _maker(weights, arithmetic, generator, normal, fuse)
     hidden, inner = config.hidden_size, config.intermediate_size
     gains = torch.ones(hidden, dtype=dtype, device=device)
     norm = Norm(gains, config.eps)
@@ -68,7 +70,11 @@ def random_weights(
 
 
 def _maker(
-    weights: WeightKind, arithmetic: Arithmetic, generator: torch.Generator, normal: Callable[..., Tensor]
+    weights: WeightKind,
+    arithmetic: Arithmetic,
+    generator: torch.Generator,
+    normal: Callable[..., Tensor],
+    fuse: Fuse,
 ) -> Callable[[int, int], Linear]:
     device = generator.device
 
@@ -89,9 +95,9 @@ def _maker(
     def fp8(n: int, k: int) -> Linear:
         weight = normal(n, k, spread=1.0).to(torch.float8_e4m3fn)
         scale, act_scale = (torch.tensor(value, device=device) for value in (_SPREAD, _FP8_ACT_SCALE))
-        return Fp8Linear(weight, scale, act_scale)
+        return Fp8Linear(weight, scale, act_scale, fuse)
 
-    kinds: dict[WeightKind, Callable[[int, int], Linear]] = {"fp16": lambda n, k: DenseLinear(normal(n, k), None)}
+    kinds: dict[WeightKind, Callable[[int, int], Linear]] = {"fp16": lambda n, k: DenseLinear(normal(n, k), None, fuse)}
     kinds |= {"g128": packed, "per_channel": packed}
     if arithmetic == "kernels":
         kinds |= {"int8": int8, "fp8": fp8}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qoq.formats.arithmetic import QuantizedKV, dequantize_kv, quantize_kv, rotate_heads
 from qoq.kernels.layouts import PAGE_SIZE, pack_pages, page_bytes, unpack_pages
-from qoq.kernels.runtime.attention import Attend, DecodeStep, KVCache, RopeTables, Step, apply_rope
+from qoq.kernels.runtime.attention import Attend, DecodeStep, KVCache, RopeTables, Step
 from qoq.kernels.runtime.config import RuntimeConfig
+from qoq.kernels.runtime.elementwise import apply_rope
 
 _ROWS_AT_ONCE = 256
 """Rows of scores that are held, for all keys in float64."""

@@ -11,6 +11,7 @@ scheduler counts tokens that were asked for (`launched`), and is told of them by
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from qoq.kernels.runtime.page_pool import PagePool
 from qoq.recipes.errors import InputError
 
 Finish = Literal["stop", "length"]
+_INT64 = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class Request:
     def longest(self) -> int:
         """Tokens of the prompt and the longest answer."""
         return len(self.prompt) + self.max_new_tokens
+
+    def problem(self) -> str | None:
+        """What of it makes no sense, whatever the model."""
+        if not self.prompt or self.max_new_tokens < 1:
+            return "a prompt of at least one token and max_new_tokens of 1 are needed"
+        if not (math.isfinite(self.temperature) and self.temperature >= 0 and 0 <= self.top_p <= 1):
+            return f"temperature {self.temperature} and top_p {self.top_p}, expected 0 or more and 0 to 1"
+        if not -_INT64 <= self.seed < _INT64:
+            return f"seed {self.seed} does not fit 64 bits"
+        return None
 
 
 @dataclass(eq=False)
@@ -112,8 +124,8 @@ class Scheduler:
         """Take in requests. Raises InputError, by the request's number, for one that can never run."""
         capacity = self._pool.num_pages * self._pool.page_size
         for index, request in enumerate(requests):
-            if not request.prompt or request.max_new_tokens < 1:
-                raise InputError(f"request {index}: a prompt of at least one token and max_new_tokens of 1 are needed")
+            if problem := request.problem():
+                raise InputError(f"request {index}: {problem}")
             if self._pool.pages_for(request.longest) > self._pool.num_pages:
                 raise InputError(
                     f"request {index}: {len(request.prompt)} tokens and {request.max_new_tokens} new ones do not fit "

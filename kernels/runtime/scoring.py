@@ -46,6 +46,9 @@ def hidden_states(model: RuntimeModel, windows: Sequence[Sequence[int]]) -> Iter
 
     Raises InputError for a window that there is no room for.
     """
+    vocabulary = model.config.vocab_size
+    if not all(0 <= min(window) <= max(window) < vocabulary for window in windows if window):
+        raise InputError(f"a window has tokens that the model's {vocabulary} do not hold")
     waiting = deque(windows)
     while waiting:
         batch = [waiting.popleft()]

@@ -17,9 +17,10 @@ from torch import Tensor
 from qoq.formats.arithmetic import IntegerWeight
 from qoq.formats.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from qoq.formats.packing import unpack_linear
-from qoq.formats.sources import TensorSource, open_source
+from qoq.formats.sources import TensorSource, open_folder
 from qoq.kernels.modules import IN_FEATURES_STEP, wants_tiles
 from qoq.kernels.runtime.config import RuntimeConfig
+from qoq.kernels.runtime.elementwise import Fuse, plain
 from qoq.kernels.runtime.linears import (
     DenseLinear,
     Linear,
@@ -77,15 +78,16 @@ def load_weights(
     dtype: torch.dtype,
     arithmetic: Arithmetic,
     act_bits: int | None = None,
+    fuse: Fuse = plain,
     on_block: Callable[[int], None] = lambda _: None,
 ) -> ModelWeights:
-    """The weights of a checkpoint, or of a 16-bit model (folder or GGUF file); act_bits None: as the checkpoint says.
+    """The weights of a checkpoint or of a 16-bit model's folder; act_bits None: as the checkpoint says.
 
     Raises InputError, by the tensor's name, for what is missing, damaged or of another shape.
     """
     checkpoint = open_checkpoint(path) if is_checkpoint(path) else None
-    source = checkpoint.source if checkpoint is not None else open_source(path, config.family)
-    reader = _Reader(source, checkpoint, config, device, dtype, arithmetic, act_bits)
+    source = checkpoint.source if checkpoint is not None else open_folder(path)
+    reader = _Reader(source, checkpoint, config, device, dtype, arithmetic, act_bits, fuse)
     blocks = []
     for index in range(config.num_layers):
         blocks.append(reader.block(index))
@@ -147,8 +149,10 @@ class _Reader:
         dtype: torch.dtype,
         arithmetic: Arithmetic,
         act_bits: int | None,
+        fuse: Fuse,
     ) -> None:
-        self._source, self._checkpoint, self._config, self._act_bits = source, checkpoint, config, act_bits
+        self._source, self._checkpoint, self._config = source, checkpoint, config
+        self._act_bits, self._fuse = act_bits, fuse
         self._device, self._dtype, self._arithmetic = device, dtype, arithmetic
         self._names = frozenset(source.names())
 
@@ -215,7 +219,7 @@ class _Reader:
             for name, count in zip(names, outputs, strict=True)
         ]
         has_bias = any(f"{name}.bias" in self._names for name in names)
-        return DenseLinear(torch.cat(weights), torch.cat(biases) if has_bias else None)
+        return DenseLinear(torch.cat(weights), torch.cat(biases) if has_bias else None, self._fuse)
 
     def _packed(self, names: Sequence[str], parts: Sequence[tuple[str, int]], in_features: int) -> Linear:
         checkpoint = self._checkpoint

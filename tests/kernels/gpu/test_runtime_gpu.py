@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from qoq.kernels.hf import set_backend, set_kv_bits
 from qoq.kernels.loading import load_model
-from qoq.kernels.runtime.attention import DecodeStep, ExtendStep, apply_rope
+from qoq.kernels.runtime.attention import DecodeStep, ExtendStep
 from qoq.kernels.runtime.config import RuntimeConfig, config_of_shape
+from qoq.kernels.runtime.elementwise import apply_rope
 from qoq.kernels.runtime.engine import Engine
 from qoq.kernels.runtime.kernel_cache import KernelCache
 from qoq.kernels.runtime.lane_cache import LaneCache

@@ -97,6 +97,17 @@ def test_preemption_and_pages_that_were_used_before(checkpoints: Any) -> None:
         assert small.model.pool.free == 5
 
 
+def test_prefill_first(checkpoints: Any) -> None:
+    """All prompts, then all answers: the same tokens in fewer steps."""
+    prompts = random_prompts(LENS)
+    between, first = engine(checkpoints("llama")), engine(checkpoints("llama"), prefill_first=True)
+    assert answers(first, prompts) == answers(between, prompts)
+    assert first.stats.prefill_steps == between.stats.prefill_steps
+    assert first.stats.decode_steps == COUNT - 1 < between.stats.decode_steps
+    small = engine(checkpoints("llama"), prefill_first=True, num_pages=5)
+    assert answers(small, prompts) == answers(between, prompts)
+
+
 def test_one_row(checkpoints: Any) -> None:
     prompts = random_prompts(LENS)
     expected = answers(engine(checkpoints("qwen3")), prompts)
@@ -126,6 +137,22 @@ def test_answers_end_where_they_should(checkpoints: Any) -> None:
     (only,) = run.generate([Request(prompts[0], 1)])
     assert only.tokens == whole[0].tokens[:1]
     assert run.model.pool.free == run.model.pool.num_pages
+
+
+def test_drawn_answers_do_not_depend_on_the_batch(checkpoints: Any) -> None:
+    """Nor on chunks, nor on being set back: only on the request."""
+    requests = [
+        Request(prompt, 70, temperature=temperature, top_p=0.9, seed=seed)
+        for prompt, temperature, seed in zip(
+            random_prompts(LENS), (1.5, 0, 1.0, 0.7, 2.0, 1.0, 1.0), range(7), strict=True
+        )
+    ]
+    together = engine(checkpoints("llama"), num_pages=5).generate(requests)
+    assert sum(completion.preemptions for completion in together) > 0
+    alone = engine(checkpoints("llama"), max_batch=1, chunk_tokens=4096)
+    assert [c.tokens for c in together] == [alone.generate([request])[0].tokens for request in requests]
+    other = alone.generate([Request(requests[0].prompt, 70, temperature=1.5, top_p=0.9, seed=99)])[0]
+    assert other.tokens != together[0].tokens
 
 
 @pytest.mark.parametrize("chunk_tokens", [40, 64, 4096])

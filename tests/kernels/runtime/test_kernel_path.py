@@ -21,6 +21,7 @@ from qoq.kernels.runtime.config import runtime_config
 from qoq.kernels.runtime.engine import Engine
 from qoq.kernels.runtime.graphs import DecodeSteps
 from qoq.kernels.runtime.lane_cache import LaneCache
+from qoq.kernels.runtime.linears import Fp8Linear, Norm
 from qoq.kernels.runtime.model import Options, RuntimeModel
 from qoq.kernels.runtime.random_model import random_weights
 from qoq.kernels.runtime.reference_cache import ReferenceCache
@@ -28,8 +29,12 @@ from qoq.kernels.runtime.scheduler import Request
 from qoq.kernels.runtime.scoring import hidden_states
 from qoq.kernels.runtime.steps import DecodeInputs
 from qoq.recipes.errors import InputError
+from qoq.recipes.families import family_of
 from tests.kernels.runtime.runtime_cases import MODELS, random_prompts, write_complete
 
+QWEN3_LINEARS = tuple(
+    f"model.layers.{layer}.{name}" for layer in range(2) for name in family_of("qwen3").roles.values()
+)
 LENS = (1, 5, 63, 65, 17)
 COUNT = 6
 TIE = 0.1
@@ -266,6 +271,45 @@ def test_random_weights_run(kind: Any) -> None:
     again = random_weights(config, kind, device=torch.device("cpu"), dtype=torch.float16, arithmetic="kernels")
     assert again.nbytes == made.nbytes
     assert torch.equal(again.lm_head, made.lm_head)
+
+
+@pytest.mark.parametrize("function", ["of", "of_norm", "of_add_norm", "of_silu_mul"])
+def test_float8_linears(function: str) -> None:
+    """Every way to bring inputs to float8, against products of the float8 values in float64."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=random).to(torch.float8_e4m3fn)
+    linear = Fp8Linear(weight, torch.tensor(0.02), torch.tensor(0.05))
+    x, residual = (torch.randn(3, 64, generator=random).bfloat16() * 8 for _ in range(2))
+    norm = Norm(torch.randn(64, generator=random).bfloat16(), 1e-5)
+    arguments: dict[str, Any] = {
+        "of": (x,),
+        "of_norm": (x, norm),
+        "of_add_norm": (x, residual, norm),
+        "of_silu_mul": (torch.cat([x, residual], dim=1),),
+    }
+    values = {
+        "of": x,
+        "of_norm": norm.of(x),
+        "of_add_norm": norm.of(x + residual),
+        "of_silu_mul": torch.nn.functional.silu(x) * residual,
+    }[function]
+    found = getattr(linear, function)(*arguments[function])
+    if function == "of_add_norm":
+        found, added = found
+        assert torch.equal(added, x + residual)
+    codes = (values / torch.tensor(0.05).bfloat16()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    expected = codes.double() @ weight.double().t() * 0.02 * 0.05
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_same_answers(tmp_path: Path) -> None:
+    """torch.compile on the CPU, in float32: the answers of a model of 16 bits."""
+    folder = write_complete(tmp_path / "model", "qwen3", modules_to_not_convert=("lm_head", *QWEN3_LINEARS))
+    expected = answers(engine(folder, kv_bits=16, dtype=torch.float32))
+    found = answers(engine(folder, kv_bits=16, dtype=torch.float32, compiled=True))
+    assert found == expected
+    torch.compiler.reset()
 
 
 def test_weights_that_the_runtime_has_no_kernels_for() -> None:

@@ -135,6 +135,15 @@ def test_requests_longer_than_the_model(folder: Path) -> None:
     assert engine.model.pool.free == engine.model.pool.num_pages
 
 
+@pytest.mark.parametrize("token", [-1, 96])
+def test_tokens_that_the_model_does_not_have(folder: Path, token: int) -> None:
+    model = RuntimeModel.from_folder(folder, Options())
+    with pytest.raises(InputError, match=r"request 0: tokens .* but the model has 96"):
+        Engine(model).generate([Request([5, token], 1)])
+    with pytest.raises(InputError, match="tokens that the model's 96 do not hold"):
+        list(hidden_states(model, [[5, token]]))
+
+
 def test_a_run_that_breaks_off_gives_its_pages_back(folder: Path) -> None:
     engine = Engine(RuntimeModel.from_folder(folder, Options(max_batch=2)))
 

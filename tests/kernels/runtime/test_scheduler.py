@@ -179,6 +179,10 @@ def test_batches_shrink_when_answers_end() -> None:
         (Request([1] * 30, 11), "request 1: 30 tokens and 11 new ones do not fit the KV cache of 40 tokens"),
         (Request([], 1), "request 1: a prompt of at least one token"),
         (Request([1], 0), "request 1: a prompt of at least one token and max_new_tokens of 1"),
+        (Request([1], 1, temperature=-1.0), "request 1: temperature -1.0 and top_p 1.0, expected 0 or more and 0 to 1"),
+        (Request([1], 1, temperature=float("nan")), "request 1: temperature nan"),
+        (Request([1], 1, top_p=1.5), "request 1: temperature 0.0 and top_p 1.5"),
+        (Request([1], 1, seed=1 << 63), "request 1: seed 9223372036854775808 does not fit 64 bits"),
     ],
 )
 def test_a_request_that_can_never_run(request_: Request, message: str) -> None:
