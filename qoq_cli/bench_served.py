@@ -81,7 +81,12 @@ def run_served(
     if torch.cuda.get_device_capability(index) < (8, 9):
         precisions = [precision for precision in precisions if precision.weights != "fp8"]
         skipped = {"fp8": "this GPU has no float8"} if len(precisions) < len(plan.precisions) else {}
-    options = Options(device=f"cuda:{index}", chunk_tokens=CHUNK_TOKENS, memory_bytes=plan.memory_bytes)
+    options = Options(
+        device="cuda",  # the current one
+        chunk_tokens=CHUNK_TOKENS,
+        memory_bytes=plan.memory_bytes,
+        compiled=True,  # baselines have fused kernels around their products too
+    )
     with progress(terminal, "whole model") as update:
         report = bench_served(
             shape, precisions, cases, options=options, read_gb_s=roofline.read_gb_s, seed=seed, on_step=update
