@@ -289,7 +289,10 @@ def _download(entry: _NamedSet, split: _Split, name: str, purpose: Purpose) -> A
 
     # huggingface_hub 1 raises the errors of httpx, version 2 those of httpx2; its own derive from the right ones.
     http_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
-    local_file = f"or give a local file: {_OPTION[purpose]} FILE.txt (or .jsonl, .parquet with a column `text`)"
+    local_file = (
+        f"or give a local file: {_OPTION[purpose]} FILE.txt (or .jsonl, .parquet with a column `text`), or take the "
+        f"little text that comes with qoq: {_OPTION[purpose]} builtin"
+    )
     is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / entry.repository.replace("/", "___")).is_dir()
     try:
         if not is_cached:

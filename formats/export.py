@@ -16,14 +16,12 @@ from torch import Tensor
 from qoq.formats.checkpoint import Checkpoint
 from qoq.formats.disk import disk_errors, sync_folder, write_atomically
 from qoq.formats.exporters.exporter import Exporter, in_features, kept_dtype
-from qoq.formats.manifest import CARD_NAME, manifest_problems
+from qoq.formats.manifest import CARD_NAME, EXPORT_NAME, manifest_problems
 from qoq.formats.packing import PACKED_PARTS
 from qoq.formats.safetensors_file import TensorInfo
 from qoq.formats.writer import ShardWriter, index_json, plan_shards
-from qoq.recipes.errors import InputError, raise_problems
+from qoq.recipes.errors import EnvironmentProblem, InputError, raise_problems
 
-EXPORT_NAME = "qoq_export.json"
-"""What an exported folder was made from."""
 LARGEST_ERROR = 0.01
 """Relative: a form that changes weights more than that has not stored them."""
 _OWN_FILES = ("config.json", "quant_config.json", CARD_NAME)
@@ -40,14 +38,21 @@ class ExportReport:
     worst: str
 
 
-def preflight(checkpoint: Checkpoint, exporter: Exporter) -> None:
-    """Raise InputError that lists everything that keeps the checkpoint from being exported so."""
+def preflight(checkpoint: Checkpoint, exporter: Exporter, output: Path) -> None:
+    """Everything that can be known before a byte is written; changes nothing.
+
+    Raises InputError that lists what keeps the checkpoint from being exported so, or names an output folder that cannot
+    be one, or files that are not as the manifest has them.
+    """
     raise_problems(
         f"{checkpoint.folder} cannot be exported to {exporter.name}; problems",
         exporter.problems(checkpoint),
         remedy="quantize the model anew so that it fits, or choose another format: `qoq export` lists them",
         shown=10,
     )
+    _check_output(checkpoint, output)
+    problems, _ = manifest_problems(checkpoint.folder, checkpoint.manifest)
+    raise_problems(f"{checkpoint.folder}: not as it was written", problems, remedy="`qoq verify` says more")
 
 
 def export_checkpoint(
@@ -64,11 +69,8 @@ def export_checkpoint(
     Every file of the checkpoint is compared with its manifest first, and every stored linear decoded again and compared
     with the checkpoint's. An interrupted or failed export leaves nothing. Raises InputError, EnvironmentProblem.
     """
-    preflight(checkpoint, exporter)
-    _check_output(output)
     on_step(0, 1, "checking the files")
-    problems, _ = manifest_problems(checkpoint.folder, checkpoint.manifest)
-    raise_problems(f"{checkpoint.folder}: not as it was written", problems, remedy="`qoq verify` says more")
+    preflight(checkpoint, exporter, output)
     shards = plan_shards(_planned(checkpoint, exporter), max_shard_bytes)
     with _beside(output) as folder:
         writer = ShardWriter(folder, shards)
@@ -96,7 +98,11 @@ def export_checkpoint(
     return report
 
 
-def _check_output(output: Path) -> None:
+def _check_output(checkpoint: Checkpoint, output: Path) -> None:
+    if output.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise InputError(
+            f"{output}: lies in the checkpoint itself", remedy="choose another --output; nothing was changed"
+        )
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise InputError(
@@ -116,6 +122,11 @@ def _beside(output: Path) -> Iterator[Path]:
         folder.mkdir()
     try:
         yield folder
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(
+            error.message.replace(str(folder), str(output)),
+            remedy="nothing was left there; see to the disk, or choose another --output",
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -13,6 +13,10 @@ from qoq.recipes.errors import InputError
 MANIFEST_NAME = "qoq_manifest.json"
 CARD_NAME = "README.md"
 """The model card: people edit it, so a change there is worth a warning and no more."""
+EXPORT_NAME = "qoq_export.json"
+"""In an exported folder: what it was made from."""
+WORK_NAME = ".qoq-work"
+"""The folder of an unfinished run."""
 MANIFEST_VERSION = 1
 _SECTIONS = {
     "tool": dict,
@@ -69,10 +73,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", remedy="pass the folder that `qoq quantize` wrote")
     if not path.is_file():
-        raise InputError(
-            f"{folder}: no {MANIFEST_NAME}, so this is not a complete qoq checkpoint",
-            remedy="run the same `qoq quantize` again to complete it, or pass another folder",
-        )
+        if (folder / EXPORT_NAME).is_file():
+            raise InputError(
+                f"{folder}: an export for another server", remedy="pass the checkpoint that it was made from"
+            )
+        remedy = "pass the folder that `qoq quantize` wrote"
+        if (folder / WORK_NAME).is_dir():
+            remedy = "run the same `qoq quantize` again to complete it, or pass another folder"
+        raise InputError(f"{folder}: no {MANIFEST_NAME}, so this is not a complete qoq checkpoint", remedy=remedy)
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

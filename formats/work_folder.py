@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from qoq.formats.disk import disk_errors, sync_folder, write_atomically
-from qoq.formats.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from qoq.formats.manifest import CARD_NAME, MANIFEST_NAME, WORK_NAME, read_manifest
 from qoq.recipes.errors import EnvironmentProblem, InputError
 
-WORK_NAME = ".qoq-work"
 _STATE_NAME = "state.json"
 _CLAIMS_NAME = "claims.json"
 _LOCK_NAME = "lock"

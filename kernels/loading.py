@@ -35,7 +35,10 @@ def load_model(path: Path, *, device: str = "cpu", trust_remote_code: bool = Fal
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be loaded: {error}") from error
+        raise InputError(
+            f"{path}: cannot be loaded: {error}",
+            remedy="check that it is a whole model of a kind that transformers reads",
+        ) from error
     torch.nn.Module.to(model, torch.device(device))  # transformers' own `to` is not typed for a device
     model.eval()
     return model

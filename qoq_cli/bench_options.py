@@ -25,7 +25,8 @@ def choose(option: str, words: list[str], known: tuple[str, ...]) -> list[str]:
     """`words`. Raises InputError for one that is not known."""
     for word in words:
         if word not in known:
-            raise InputError(f"{option} {word}: not known", remedy=f"use some of {', '.join(known)}")
+            others = ", or all" if option == "--what" else ""
+            raise InputError(f"{option} {word}: not known", remedy=f"use some of {', '.join(known)}{others}")
     return words
 
 

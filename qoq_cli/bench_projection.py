@@ -94,7 +94,7 @@ def run_projection(terminal: Terminal, plan: ProjectionPlan, find_shape: Callabl
 def _project(plan: ProjectionPlan, shape: ModelShape, gpu: Gpu) -> dict[str, Any]:
     from qoq.kernels.bench_attention import DEFAULT_CASES
     from qoq.kernels.layouts import HEAD_DIMS
-    from qoq.kernels.projected_bench import project_attention, project_gemms, project_model, runs_on
+    from qoq.kernels.projected_bench import MAX_BATCH, project_attention, project_gemms, project_model, runs_on
     from qoq.kernels.projected_kernels import caveat, error_bars, kernel_set, projection_table
 
     if shape.head_dim not in HEAD_DIMS:
@@ -105,6 +105,8 @@ def _project(plan: ProjectionPlan, shape: ModelShape, gpu: Gpu) -> dict[str, Any
     skipped = {}
     if "fp8" in plan.against and gpu.fp8_tops is None:
         skipped["fp8"] = f"the tensor cores of {gpu.title} have no float8"
+    if plan.against == ["int8"] or ("int8" in plan.against and len(plan.against) < len(_AGAINST)):
+        skipped["int8"] = "products without scales are not projected; w8a8 has them"
     known = [name for name in plan.against if name not in skipped]
     data: dict[str, Any] = {
         "command": shlex.join(["qoq", *sys.argv[1:]]),
@@ -115,6 +117,7 @@ def _project(plan: ProjectionPlan, shape: ModelShape, gpu: Gpu) -> dict[str, Any
         "kernels": kernel_set(gpu),
         "measured_on": projection_table()["measured_on"],
         "step_us": projection_table()["step_us"],
+        "most_sequences": MAX_BATCH,
         "error_bars": asdict(error_bars(gpu)),
         "caveat": caveat(gpu),
         "skipped": skipped,

@@ -43,8 +43,10 @@ def runs_on_runtime(path: Path, device: str, *, trust_remote_code: bool) -> bool
     return open_checkpoint(path).quantization.act_bits == 8
 
 
-def continue_on_runtime(path: Path, device: str, wanted: Continuation, *, on_token: Callable[[int], None]) -> Continued:
-    """`on_token` is told of each token as it comes."""
+def continue_on_runtime(
+    path: Path, device: str, wanted: Continuation, *, on_load: Callable[[], None], on_token: Callable[[int], None]
+) -> Continued:
+    """`on_load` is called once the model is there, and `on_token` is told of each token as it comes."""
     from qoq.kernels.runtime.config import read_config, stop_tokens
     from qoq.kernels.runtime.engine import Engine
     from qoq.kernels.runtime.model import Options, RuntimeModel
@@ -61,6 +63,7 @@ def continue_on_runtime(path: Path, device: str, wanted: Continuation, *, on_tok
     chunk_tokens = min(Options.chunk_tokens, len(wanted.prompt))
     options = Options(device=device, max_batch=1, max_tokens=request.longest, chunk_tokens=chunk_tokens)
     engine = Engine(RuntimeModel.from_folder(path, options))
+    on_load()
     (answer,) = engine.generate([request], on_token=lambda _, token: on_token(token))
     return Continued(answer.tokens, engine.stats.seconds)
 
@@ -73,13 +76,15 @@ def continue_through_transformers(
     pad_token: int | None,
     streamer: Any,
     trust_remote_code: bool,
+    on_load: Callable[[], None],
 ) -> Continued:
-    """`streamer` gets the prompt, and then each token as it comes."""
+    """`on_load` is called once the model is there; `streamer` gets the prompt, and then each token as it comes."""
     import torch
 
     from qoq.kernels.loading import load_model
 
     model: Any = load_model(path, device=device, trust_remote_code=trust_remote_code)
+    on_load()
     options: dict[str, Any] = {"max_new_tokens": wanted.max_new_tokens, "do_sample": wanted.temperature > 0}
     if wanted.temperature > 0:
         options |= {"temperature": wanted.temperature, "top_p": wanted.top_p, "top_k": 0}

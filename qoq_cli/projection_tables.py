@@ -111,9 +111,19 @@ def _render_notes(console: Console, data: dict[str, Any]) -> None:
     if data["caveat"]:
         print_text(console, data["caveat"], style="dim")
     if "e2e" in data:
+        too_large = [row for row in data["e2e"] if row["speed"] is None]
+        for row in too_large:
+            memory = row["memory"]
+            print_text(
+                console,
+                f"too large: {row['precision']}, {memory['sequences']} x {row['prompt_len'] + row['output_len']} "
+                f"tokens: {-memory['left'] / _GB:.1f} GB more than the GPU has",
+                style="dim",
+            )
         print_text(
             console,
-            "all prompts come at once; first token: when the last of them has it; tokens/s are output tokens over all "
-            f"the time; a server is assumed to cost {data['step_us'] / 1000:g} ms a step beside its kernels",
+            f"batch: as many sequences as fit, up to {data['most_sequences']}, unless --batch says; all prompts come "
+            "at once; first token: when the last of them has it; tokens/s: output tokens over all the time; a server is "
+            f"assumed to cost {data['step_us'] / 1000:g} ms a step beside its kernels",
             style="dim",
         )

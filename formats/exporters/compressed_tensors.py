@@ -157,7 +157,11 @@ class VllmW4A16(_PackQuantized):
     name = "vllm-w4a16"
     summary = "int4 groups of 128 with zeros and 16-bit activations, for stock vLLM; any g128 recipe with whole zeros"
     readers = "vLLM 0.26 and newer (Turing and newer GPUs); the rules were read in its sources"
-    notes = ("Activations stay in 16 bit: no 8-bit products, and a little closer to the 16-bit model.", _KV_NOTE)
+    notes = (
+        "Activations stay in 16 bit: no 8-bit products, and a little closer to the 16-bit model.",
+        "transformers does not load it: with compressed-tensors 0.20 it makes room for zeros that are not packed.",
+        _KV_NOTE,
+    )
     _symmetric = False
 
     def _zero_problems(self, checkpoint: Checkpoint) -> Iterator[str]:

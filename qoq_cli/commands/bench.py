@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,7 @@ _MAX_REST = 100
 
 @guarded
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -162,9 +163,7 @@ def bench(
 
         if plot is not None:
             raise InputError("--plot: a projection is not drawn", remedy="leave it out; --json has all figures")
-        for option, given in (("--requests", requests), ("--memory", memory)):
-            if given is not None:
-                raise InputError(f"{option}: a projection has none", remedy="leave it out; --batch says how many")
+        _refuse_measuring(context, ("requests", "memory", "repeat", "rest", "seed", "details"))
         run_projection(
             terminal,
             ProjectionPlan.parse(what, batch, prompt_len, output_len, precision, against, price),
@@ -194,6 +193,16 @@ def bench(
 
         draw(data, plot)
         terminal.note(f"drawn into {plot}")
+
+
+def _refuse_measuring(context: typer.Context, parameters: Sequence[str]) -> None:
+    """Raise InputError for an option that only measuring has, if it was given."""
+    for parameter in parameters:
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--{parameter}: a projection has none", remedy="leave it out; it is for the GPU of this machine"
+            )
 
 
 class _Plan:

@@ -66,9 +66,10 @@ def export(
     opened = open_checkpoint(checkpoint)
     target = output or checkpoint.parent / f"{checkpoint.resolve().name}-{exporter.name}"
     about = {"checkpoint": str(checkpoint), "format": exporter.name, "readers": exporter.readers}
-    data: dict[str, Any] = {**about, "notes": list(exporter.notes), "output": None if dry_run else str(target)}
+    data: dict[str, Any] = {**about, "notes": list(exporter.notes), "target": str(target)}
+    data["output"] = None if dry_run else str(target)
     if dry_run:
-        preflight(opened, exporter)
+        preflight(opened, exporter, target)
     else:
         with progress(terminal, f"exporting to {exporter.name}") as update:
             report = export_checkpoint(
@@ -95,11 +96,12 @@ def _render(console: Console, data: dict[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     if data["output"] is None:
-        table.add_row("can be exported", f"{data['checkpoint']} to {data['format']}")
+        table.add_row("can be exported", f"{data['checkpoint']} to {data['format']}, into {data['target']}")
     else:
         table.add_row("exported", data["output"])
         table.add_row("size", f"{size(data['nbytes'])}, {data['linears']} quantized linears")
-        table.add_row("rounding", f"at most {data['error']:.4%} of a weight matrix ({data['worst']})")
+        rounding = f"at most {data['error']:.4%} of a weight matrix ({data['worst']})" if data["error"] else "none"
+        table.add_row("rounding", rounding)
     table.add_row("read by", data["readers"])
     console.print(table)
     for note in data["notes"]:

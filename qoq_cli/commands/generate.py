@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,8 @@ def generate(
     ] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draws from the likeliest tokens that make up this share.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="With --temperature: draw from the likeliest tokens of this share."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws the tokens when the temperature is above 0.")] = 0,
     raw: Annotated[
@@ -44,6 +46,11 @@ def generate(
     Example: `qoq generate checkpoints/tiny-w4a8kv4-g128 "In the beginning"`.
     """
     terminal = Terminal(as_json, quiet)
+    if top_p < 1 and temperature == 0:
+        raise InputError(
+            f"--top-p {top_p:g}: with temperature 0 nothing is drawn",
+            remedy="add --temperature 0.7, say, or leave it out",
+        )
     location = resolve_model(checkpoint, note=terminal.note)
     target = resolve_device(device)
 
@@ -67,11 +74,11 @@ def generate(
         )
     wanted = Continuation(tokens, max_new_tokens, temperature, top_p, seed)
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if streamer is not None and not tokenizer.chat_template:
-        sys.stdout.write(prompt)
+    shown = prompt if streamer is not None and not tokenizer.chat_template else ""
     on_runtime = runs_on_runtime(location.path, target, trust_remote_code=trust_remote_code)
     if on_runtime:
-        continued = continue_on_runtime(location.path, target, wanted, on_token=_printer(streamer, tokens))
+        printer = _printer(streamer, tokens)
+        continued = continue_on_runtime(location.path, target, wanted, on_load=partial(_show, shown), on_token=printer)
     else:
         pad_token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         continued = continue_through_transformers(
@@ -81,6 +88,7 @@ def generate(
             pad_token=pad_token,
             streamer=streamer,
             trust_remote_code=trust_remote_code,
+            on_load=partial(_show, shown),
         )
     if on_runtime and streamer is not None:
         streamer.end()
@@ -89,6 +97,9 @@ def generate(
         "prompt": prompt,
         "text": tokenizer.decode(continued.tokens, skip_special_tokens=True),
         "new_tokens": len(continued.tokens),
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "seconds": round(continued.seconds, 3),
         "device": target,
     }
@@ -98,6 +109,10 @@ def generate(
         terminal.note(f"{facts['new_tokens']} tokens in {continued.seconds:.1f} s on {target} ({how})")
 
     terminal.result(facts, render)
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
 
 
 def _printer(streamer: Any, prompt: list[int]) -> Callable[[int], None]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qoq.formats.manifest import CARD_NAME, MANIFEST_NAME, describe_files, write_manifest
-from qoq.formats.work_folder import WORK_NAME, JobState, WorkFolder, check_output
+from qoq.formats.manifest import CARD_NAME, MANIFEST_NAME, WORK_NAME, describe_files, write_manifest
+from qoq.formats.work_folder import JobState, WorkFolder, check_output
 from qoq.recipes.errors import InputError
 
 

@@ -144,6 +144,15 @@ def test_wrong_options_are_named(args: tuple[str, ...], words: str, fails: Any) 
     assert words in fails(2, "bench", *args)
 
 
+def test_what_is_not_projected_is_told(qoq: Any) -> None:
+    data = qoq("bench", "--gpu", "a100", "--what", "gemm", "--against", "int8", "--json").json
+    assert "int8" in data["skipped"]
+    assert "int8" not in qoq("bench", "--gpu", "a100", "--what", "gemm", "--json").json["skipped"]
+    outcome = qoq("bench", "llama-3-70b", "--gpu", "l4", "--what", "e2e")
+    assert "too large: fp16, 1 x 1536 tokens" in outcome.stdout
+    assert "up to 512" in outcome.stdout
+
+
 def test_gpus_lists_the_data_sheet(qoq: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     outcome = qoq("gpus")

@@ -156,6 +156,7 @@ def test_baselines_are_chosen_and_float8_needs_a_gpu_that_has_it(
         (("--what", "e2e", "--batch", "5000"), "--batch 5000"),
         (("--gpu", "l40s", "--memory", "40GB"), "--memory: a projection has none"),
         (("--gpu", "l40s", "--requests", "4"), "--requests: a projection has none"),
+        (("--gpu", "l40s", "--rest", "3"), "--rest: a projection has none"),
     ],
 )
 def test_wrong_options_are_named(args: tuple[str, ...], words: str, fails: Any) -> None:

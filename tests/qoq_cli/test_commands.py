@@ -189,6 +189,10 @@ def test_generate_refuses_more_tokens_than_the_model_knows(
     assert "600 new ones, but a sequence has at most 512" in message
 
 
+def test_top_p_without_a_temperature_would_do_nothing(fails: Any, tiny_checkpoint: Path) -> None:
+    assert "with temperature 0 nothing is drawn" in fails(2, "generate", tiny_checkpoint, "The", "--top-p", 0.5)
+
+
 def test_doctor(qoq: Any) -> None:
     outcome = qoq("doctor")
     assert outcome.code == 0, outcome.stdout

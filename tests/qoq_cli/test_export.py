@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qoq.formats.checkpoint import open_checkpoint
-from qoq.formats.export import EXPORT_NAME
-from qoq.formats.manifest import MANIFEST_NAME
+from qoq.formats.manifest import EXPORT_NAME, MANIFEST_NAME
 
 
 @pytest.fixture(scope="session")
@@ -150,9 +150,10 @@ def test_a_damaged_checkpoint_leaves_nothing(
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
-    message = fails(2, "export", folder, "--to", "hf-dequantized", "-o", "out")
-    assert shard.name in message
-    assert "sha256" in message
+    for extra in ((), ("--dry-run",)):
+        message = fails(2, "export", folder, "--to", "hf-dequantized", "-o", "out", *extra)
+        assert shard.name in message
+        assert "sha256" in message
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
@@ -181,6 +182,25 @@ def test_a_form_that_loses_weights_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_told_by_the_name_that_was_given(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qoq.formats.writer.os.posix_fallocate", no_space)
+    message = fails(3, "export", small_checkpoint, "--to", "hf-dequantized", "-o", "out")
+    assert "out/model.safetensors: no space left" in message
+    assert "--restart" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_no_checkpoint(qoq: Any, fails: Callable[..., str], small_checkpoint: Path) -> None:
+    assert qoq("export", small_checkpoint, "--to", "sglang", "-o", "out").code == 0
+    assert "the checkpoint that it was made from" in fails(2, "export", "out", "--to", "hf-dequantized")
+    assert "the folder that `qoq quantize` wrote" in fails(2, "export", ".", "--to", "hf-dequantized")
+
+
 def test_usage(qoq: Any, fails: Callable[..., str], small_checkpoint: Path, tmp_path: Path) -> None:
     listed = qoq("export", "--json")
     assert set(listed.json["formats"]) >= {"vllm-w4a8", "omniserve"}
@@ -193,6 +213,10 @@ def test_usage(qoq: Any, fails: Callable[..., str], small_checkpoint: Path, tmp_
     (tmp_path / "full" / "mine").touch()
     assert "not an empty folder" in fails(2, "export", small_checkpoint, "--to", "sglang", "-o", "full")
     assert (tmp_path / "full" / "mine").exists()
+    inside = fails(2, "export", small_checkpoint, "--to", "sglang", "-o", small_checkpoint / "out")
+    assert "lies in the checkpoint itself" in inside
+    refused = fails(2, "export", small_checkpoint, "--to", "sglang", "-o", "full", "--dry-run")
+    assert "not an empty folder" in refused
     dry = qoq("export", small_checkpoint, "--to", "sglang", "--dry-run", "--json")
     assert dry.code == 0
     assert dry.json["output"] is None
