@@ -48,6 +48,7 @@ def main(folder: str, rank: int, size: int, rendezvous: str, out: str) -> None:
     )
     attention.get_attn_backend = lambda *_, **__: CPUAttentionBackend
     attention.Attention.forward = attend
+    torch.accelerator.empty_cache = lambda: None  # newer versions of vLLM call it, and there is no accelerator
     with configs.set_current_vllm_config(config), torch.inference_mode():
         init_distributed_environment(size, rank, f"file://{rendezvous}", rank, "gloo")
         initialize_model_parallel(size)
