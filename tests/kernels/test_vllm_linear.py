@@ -71,6 +71,11 @@ def product(x: Tensor, linear: QuantizedLinear, *, columns: slice = slice(None),
     return linear_forward(x[:, columns], weight, act_bits=8)
 
 
+def half_product(x: Tensor, linear: QuantizedLinear) -> Tensor:
+    """What rank 1 of 2 makes of its half of the inputs."""
+    return product(torch.cat([x, x], dim=1), linear, columns=slice(x.shape[1], None), bias=False)
+
+
 def head_rows(heads: range) -> Tensor:
     return torch.cat([torch.arange(HEAD_DIM * head, HEAD_DIM * (head + 1)) for head in heads])
 
@@ -311,3 +316,29 @@ def test_dummy_weights_are_legal(mode: Mode, backend: str) -> None:
     y, _ = layer(inputs(512, torch.float16))
     assert bool(torch.isfinite(y).all())
     assert float(y.float().std()) > 0
+
+
+# ---- new weights for a layer that runs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reloading_brings_new_weights_into_the_same_memory(mode: Mode, backend: str) -> None:
+    from vllm.model_executor.model_loader import reload
+
+    first, second = (random_linear(mode, 96, 1024, seed, has_bias=True) for seed in (7, 8))
+    x = inputs(512, torch.bfloat16)
+    keys: dict[str, Any] = {"bias": True, "skip_bias_add": True, "params_dtype": torch.bfloat16}
+    with on_rank(1, 2), torch.device("cpu"):
+        model = torch.nn.Sequential(down_layer(quantization(mode), 1024, 96, **keys))
+        reload.record_metadata_for_reloading(model)
+        layer = load(model[0], [(None, first)])
+        addresses = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+        reload.initialize_layerwise_reload(model)
+        for part, tensor in pack_linear(second).items():
+            load_tensor(layer, part, tensor, None)
+        reload.finalize_layerwise_reload(model, None)
+    y, bias = layer(x)
+    assert torch.equal(y, half_product(x, second))
+    assert second.bias is not None
+    assert torch.equal(bias, second.bias.bfloat16())
+    assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == addresses
