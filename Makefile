@@ -95,6 +95,11 @@ test-lm-eval: ## tests of qoq eval --tasks and --longbench, with lm-eval in an e
 	$(MAKE) test VENV=.venv-lm-eval CONSTRAINTS=constraints-lm-eval.txt EXTRAS=dev,lm-eval,longbench \
 	  ARGS="tests/qoq_cli/test_eval_tasks.py tests/qoq_cli/test_longbench.py"
 
+.PHONY: test-vllm
+test-vllm: ## tests of the vLLM plug-in, with vLLM in an environment of its own (a download of gigabytes)
+	$(MAKE) test VENV=.venv-vllm CONSTRAINTS=constraints-vllm.txt EXTRAS=dev,vllm \
+	  ARGS="tests/kernels/test_vllm_linear.py tests/kernels/test_vllm_plugin.py"
+
 .PHONY: kernels
 kernels: setup ## compile every kernel for every architecture; prints registers, fails on spills (no GPU; some minutes)
 	$(BIN)/python tests/compile_kernels.py

@@ -23,6 +23,8 @@ from qoq.recipes.schema import GROUP_SIZE, ZeroDomain
 TILE = 32
 PACKED_PARTS = ("qweight", "s1_scales", "s1_szeros", "s2_scales", "s2_zeros", "bias")
 """Every name a packed tensor can have; `packed_shapes` says which a linear has."""
+CHANNEL_AXIS = {"qweight": 0, "s1_scales": 0, "s1_szeros": 0, "s2_scales": 1, "s2_zeros": 1, "bias": 0}
+"""Along which axis of each packed tensor the output channels lie; those of each 32 are mixed, so cut between them."""
 
 
 def padded_in_features(in_features: int) -> int:
@@ -133,6 +135,38 @@ def unpack_linear(tensors: Mapping[str, Tensor], *, in_features: int, zero_domai
     if not torch.equal(linear.s1_szeros(), tensors["s1_szeros"]):
         raise ValueError("s1_szeros: not a whole zero point times s1_scales (post-scale zeros?)")
     return linear
+
+
+def shard_rows(part: str, tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Output channels start..stop-1 of the packed tensor named `part`, a view: what packing those channels gives.
+
+    Raises ValueError unless both are multiples of 32 within the tensor.
+    """
+    axis = CHANNEL_AXIS[part]
+    _check_cut(f"{part}: channels", start, stop, tensor.shape[axis], TILE)
+    return tensor.narrow(axis, start, stop - start)
+
+
+def shard_columns(part: str, tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Inputs start..stop-1 of the packed tensor named `part`: what packing those inputs gives.
+
+    A row of qweight holds pieces of 32 channels, so it is cut by tiles, not by columns. Tensors of one value a channel
+    come back as they are. Raises ValueError unless both are multiples of 128 within the tensor.
+    """
+    if part in ("s2_scales", "s2_zeros"):
+        _check_cut(f"{part}: inputs", start, stop, tensor.shape[0] * GROUP_SIZE, GROUP_SIZE)
+        return tensor[start // GROUP_SIZE : stop // GROUP_SIZE]
+    if part != "qweight":
+        return tensor
+    n, half_k = tensor.shape
+    _check_cut(f"{part}: inputs", start, stop, half_k * 2, GROUP_SIZE)
+    tiles = tensor.reshape(n // TILE, half_k * 2 // TILE, TILE * TILE // 2)
+    return tiles[:, start // TILE : stop // TILE].reshape(n, (stop - start) // 2)
+
+
+def _check_cut(what: str, start: int, stop: int, size: int, step: int) -> None:
+    if start % step or stop % step or not 0 <= start < stop <= size:
+        raise ValueError(f"{what} {start}..{stop} of {size} cannot be cut out, expected multiples of {step}")
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], in_features: int) -> None:

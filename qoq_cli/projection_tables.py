@@ -123,7 +123,7 @@ def _render_notes(console: Console, data: dict[str, Any]) -> None:
         print_text(
             console,
             f"batch: as many sequences as fit, up to {data['most_sequences']}, unless --batch says; all prompts come "
-            "at once; first token: when the last of them has it; tokens/s: output tokens over all the time; a server is "
-            f"assumed to cost {data['step_us'] / 1000:g} ms a step beside its kernels",
+            "at once; first token: when the last of them has it; tokens/s: output tokens over all the time; a server "
+            f"is assumed to cost {data['step_us'] / 1000:g} ms a step beside its kernels",
             style="dim",
         )

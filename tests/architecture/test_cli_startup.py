@@ -7,7 +7,18 @@ import sys
 from pathlib import Path
 
 QOQ = Path(sys.executable).with_name("qoq")
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "gguf", "cupy", "pandas"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "cupy",
+    "pandas",
+    "vllm",
+}
 LIMIT_SECONDS = 0.5
 
 

@@ -24,6 +24,7 @@ VIOLATIONS = {
     "qoq/calib/uses_kernels.py": "from qoq.kernels import gemm\n",
     "qoq/kernels/uses_calib.py": "from qoq.calib import stage\n",
     "qoq/kernels/uses_cli.py": "import qoq_cli.app\n",
+    "qoq/kernels/uses_plugin.py": "from qoq.kernels.vllm import plugin\n",
 }
 LEGAL = {
     "qoq/recipes/__init__.py": "",
@@ -33,6 +34,9 @@ LEGAL = {
     "qoq/calib/__init__.py": "",
     "qoq/calib/stage.py": "from qoq.formats import grid\nfrom qoq.recipes import schema\n",
     "qoq/kernels/gemm.py": "from qoq.formats import grid\n",
+    "qoq/kernels/vllm/__init__.py": "",
+    "qoq/kernels/vllm/plugin.py": "from qoq.kernels import gemm\nfrom qoq.kernels.vllm import linear\n",
+    "qoq/kernels/vllm/linear.py": "",
     "qoq_cli/__init__.py": "",
     "qoq_cli/app.py": "from qoq.calib import stage\nfrom qoq.kernels import gemm\n",
 }

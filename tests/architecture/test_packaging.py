@@ -106,7 +106,11 @@ def test_the_version_is_a_literal_in_one_place() -> None:
     assert importlib.metadata.version("qoq") == values[0].value, "run `make setup` after changing the version"
 
 
-CONSTRAINTS = {"constraints.txt": (), "constraints-lm-eval.txt": ("lm-eval", "longbench")}
+CONSTRAINTS = {
+    "constraints.txt": (),
+    "constraints-lm-eval.txt": ("lm-eval", "longbench"),
+    "constraints-vllm.txt": ("vllm",),
+}
 """Which extras are pinned in a file of their own, because they cannot be installed with the rest of the pinned set."""
 
 
@@ -133,11 +137,22 @@ def test_constraints_pin_every_dependency_within_its_range(file: str) -> None:
         assert pins[name] in requirement.specifier, f"{name}: {pins[name]} is outside {requirement.specifier}"
 
 
-def test_the_pins_of_lm_eval_are_the_others_and_more() -> None:
-    pins, more = pinned("constraints.txt"), pinned("constraints-lm-eval.txt")
-    assert {name: version for name, version in pins.items() if more.get(name) != version} == {
-        "python-dateutil": pins["python-dateutil"]
-    }
+@pytest.mark.parametrize(
+    ("file", "different"),
+    [
+        ("constraints-lm-eval.txt", {"python-dateutil"}),
+        ("constraints-vllm.txt", {"compressed-tensors", "numpy", "setuptools", "torch"}),
+    ],
+)
+def test_the_pins_of_an_extra_are_the_others_and_more(file: str, different: set[str]) -> None:
+    pins, more = pinned("constraints.txt"), pinned(file)
+    assert {name for name, version in pins.items() if more.get(name) != version} == different
+
+
+def test_vllm_finds_the_plug_in() -> None:
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="qoq")
+    assert entry.value == "qoq.kernels.vllm.plugin:register"
+    assert callable(entry.load()), "it loads without vLLM: only the call needs it"
 
 
 def test_the_image_installs_the_pinned_set() -> None:

@@ -21,6 +21,8 @@ from qoq.formats.packing import (
     pack_s2,
     packed_shapes,
     padded_in_features,
+    shard_columns,
+    shard_rows,
     unpack_linear,
     unpack_qweight,
     unpack_s2,
@@ -331,3 +333,60 @@ def test_partial_tiles_are_refused(shape: tuple[int, int]) -> None:
 def test_a_linear_with_a_partial_tile_of_channels_cannot_be_packed(make_linear: MakeLinear) -> None:
     with pytest.raises(ValueError, match=r"codes are \[40, 128\]; both must be multiples of 32"):
         pack_linear(make_linear("pre_scale", 40, 128, 0))
+
+
+# ---- shards, against the weights cut after they were decoded
+
+
+def decoded(tensors: dict[str, torch.Tensor], in_features: int, mode: str) -> torch.Tensor:
+    return unpack_linear(tensors, in_features=in_features, zero_domain=zero_domain_of(mode)).dequantize()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(MODES), st.integers(1, 4), st.integers(1, 3), SEEDS, st.data())
+def test_a_shard_of_channels_decodes_to_those_channels(
+    make_linear: MakeLinear, mode: str, stripes: int, groups: int, seed: int, data: st.DataObject
+) -> None:
+    linear = make_linear(mode, 32 * stripes, 128 * groups - 8, seed, has_bias=True)
+    start = data.draw(st.integers(0, stripes - 1))
+    stop = data.draw(st.integers(start + 1, stripes))
+    rows = slice(32 * start, 32 * stop)
+    shard = {part: shard_rows(part, tensor, rows.start, rows.stop) for part, tensor in pack_linear(linear).items()}
+    assert torch.equal(decoded(shard, linear.in_features, mode), linear.dequantize()[rows])
+    assert linear.bias is not None
+    assert torch.equal(shard["bias"], linear.bias[rows])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(MODES), st.integers(1, 2), st.integers(1, 5), SEEDS, st.data())
+def test_a_shard_of_inputs_decodes_to_those_inputs(
+    make_linear: MakeLinear, mode: str, stripes: int, groups: int, seed: int, data: st.DataObject
+) -> None:
+    linear = make_linear(mode, 32 * stripes, 128 * groups, seed)
+    start = data.draw(st.integers(0, groups - 1))
+    stop = data.draw(st.integers(start + 1, groups))
+    columns = slice(128 * start, 128 * stop)
+    shard = {
+        part: shard_columns(part, tensor, columns.start, columns.stop) for part, tensor in pack_linear(linear).items()
+    }
+    assert torch.equal(decoded(shard, 128 * (stop - start), mode), linear.dequantize()[:, columns])
+
+
+def test_slicing_columns_of_qweight_is_not_cutting_inputs(make_linear: MakeLinear) -> None:
+    qweight = pack_linear(make_linear("pre_scale", 64, 256, 5))["qweight"]
+    assert not torch.equal(qweight[:, :64], shard_columns("qweight", qweight, 0, 128))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(16, 64), (0, 48), (32, 32), (32, 96), (-32, 32)])
+def test_channels_are_cut_at_multiples_of_32(make_linear: MakeLinear, start: int, stop: int) -> None:
+    for part, tensor in pack_linear(make_linear("pre_scale", 64, 128, 0)).items():
+        with pytest.raises(ValueError, match=f"{part}: channels {start}..{stop} of 64 .* multiples of 32"):
+            shard_rows(part, tensor, start, stop)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(64, 256), (0, 160), (128, 128), (128, 384), (-128, 128)])
+@pytest.mark.parametrize("part", ["qweight", "s2_scales", "s2_zeros"])
+def test_inputs_are_cut_at_multiples_of_128(make_linear: MakeLinear, part: str, start: int, stop: int) -> None:
+    tensor = pack_linear(make_linear("pre_scale", 64, 256, 0))[part]
+    with pytest.raises(ValueError, match=f"{part}: inputs {start}..{stop} of 256 .* multiples of 128"):
+        shard_columns(part, tensor, start, stop)

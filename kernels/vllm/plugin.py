@@ -1,0 +1,28 @@
+"""The entry point: vLLM calls `register` in each of its processes, before it reads a model's configuration."""
+
+from __future__ import annotations
+
+import logging
+
+from qoq.formats.quantization_config import QUANT_METHOD
+
+
+def register() -> None:
+    """Make vLLM know quant_method "qoq". Calling it again changes nothing; no GPU is touched, no kernel imported.
+
+    It never raises: vLLM would then serve no model at all wherever qoq is installed. What keeps our checkpoints from
+    being served is logged instead, and vLLM refuses them by itself, as of an unknown method.
+    """
+    logger = logging.getLogger("vllm.qoq")  # below "vllm", whose handlers show it
+    try:
+        from qoq.kernels.vllm.config import QoQConfig
+        from qoq.kernels.vllm.interface import add_method, known_method
+
+        known = known_method(QUANT_METHOD)
+        if known is None:
+            add_method(QUANT_METHOD, QoQConfig)
+    except (ImportError, AttributeError) as error:
+        logger.error("qoq: this version of vLLM is not supported (%s); checkpoints of qoq cannot be served", error)
+        return
+    if known not in {None, QoQConfig}:
+        logger.error("qoq: vLLM has another quantization method %r (%s); checkpoints go to it", QUANT_METHOD, known)
