@@ -71,6 +71,10 @@ bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, p
 	python benchmarks/projection_validation.py --out benchmarks/projection-validation.json
 	python benchmarks/projection_kernels.py
 
+.PHONY: bench-gpu
+bench-gpu: setup ## tables of benchmarks/ that need a GPU, named after it: all, or make bench-gpu ARGS="products served"
+	$(BIN)/python benchmarks/gpu_tables.py $(ARGS)
+
 # ---- tests
 
 .PHONY: test

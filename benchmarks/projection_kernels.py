@@ -52,14 +52,14 @@ GEMMS: dict[str, dict[WeightKind, Source]] = {
         "per_channel": Source("kernels-h100", "w4a8-chn", "int8", True, "kernels-h100-sustained"),
         "int8": Source("kernels-h100", "w8a8", "int8", True),
         "fp16": Source("kernels-h100", "fp16", "fp16", False),
-        "fp8": Source("hopper-h100", "fp8", "fp8", False, "hopper-h100-sustained"),
+        "fp8": Source("hopper-h100", "fp8", "fp8", False, "hopper-sustained-h100"),
     },
     "sm_90": {
-        "g128": Source("hopper-h100", "w4a8-g128", "int8", False, "hopper-h100-sustained"),
-        "per_channel": Source("hopper-h100", "w4a8-chn", "int8", False, "hopper-h100-sustained"),
-        "int8": Source("hopper-h100", "w8a8", "int8", False, "hopper-h100-sustained"),
+        "g128": Source("hopper-h100", "w4a8-g128", "int8", False, "hopper-sustained-h100"),
+        "per_channel": Source("hopper-h100", "w4a8-chn", "int8", False, "hopper-sustained-h100"),
+        "int8": Source("hopper-h100", "w8a8", "int8", False, "hopper-sustained-h100"),
         "fp16": Source("kernels-h100", "fp16", "fp16", False),
-        "fp8": Source("hopper-h100", "fp8", "fp8", False, "hopper-h100-sustained"),
+        "fp8": Source("hopper-h100", "fp8", "fp8", False, "hopper-sustained-h100"),
     },
 }
 ATTENTION = {
