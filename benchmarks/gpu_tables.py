@@ -45,6 +45,7 @@ TABLES = {
     "attention": Table("hopper-attention", "qoq bench --what attention --repeat 12 --json"),
     "small": Table("small-kernels", "python benchmarks/small_kernels.py --out {out}"),
     "extend": Table("extend", "python benchmarks/extend_attention.py --repeat 8 --out {out}"),
+    "counters": Table("counters", "python benchmarks/counters.py --out {out}"),
     "served": Table(
         "served",
         "qoq bench --what e2e --prompt-len 1000,1024 --output-len 1000,512 --requests 512 --memory 73GB "

@@ -173,6 +173,15 @@ def _sdpa_call(query: Tensor, caches: Sequence[tuple[Tensor, Tensor]], backend: 
     return call
 
 
+def paged_call(
+    shape: ModelShape, batch: int, length: int, bits: int, generator: torch.Generator
+) -> Callable[[], object]:
+    """One decode step over a random cache, as the operator launches it: for tools that look at a single launch."""
+    query = torch.randn(batch, shape.num_heads, shape.head_dim, generator=generator, device=generator.device)
+    call = _paged_calls(shape, query.half(), batch, length, bits, 1, generator)(*DECODE_LAUNCHES[""])
+    return lambda: call(0)
+
+
 def _paged_calls(
     shape: ModelShape, query: Tensor, batch: int, length: int, bits: int, copies: int, generator: torch.Generator
 ) -> _PagedCalls:
