@@ -7,7 +7,7 @@ from qoq.kernels.compiler import KernelSpec
 from qoq.kernels.dispatch import all_specs
 from qoq.kernels.gemm_tiles import OUT_FORMATS, WEIGHT_FORMATS, OutFormat, WeightFormat
 
-_GEMMS = ("sm80/gemm.cu", "sm90/gemm.cu")
+_GEMMS = ("sm80/gemm.cu", "sm90/gemm.cu", "sm90/gemm_decode.cu", "sm90/gemm_split.cu")
 
 
 def needed_specs(architecture: str, quantization: QuantizationConfig | None, dtype: str | None) -> list[KernelSpec]:
