@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from qoq_cli import __version__
-from qoq_cli.commands import bench, doctor, evaluate, export, generate, gpus, inspect, models, quantize, recipes, verify
+from qoq_cli.commands import (
+    bench,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    gpus,
+    inspect,
+    models,
+    quantize,
+    recipes,
+    serve,
+    verify,
+)
 
 app = typer.Typer(
     name="qoq",
@@ -24,6 +37,7 @@ app.command("verify")(verify.verify)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
+app.command("serve", context_settings=serve.PASSED_ON)(serve.serve)
 app.command("inspect")(inspect.inspect)
 app.command("generate")(generate.generate)
 app.command("recipes")(recipes.recipes)

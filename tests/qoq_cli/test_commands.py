@@ -24,6 +24,7 @@ COMMANDS = (
     "eval",
     "bench",
     "export",
+    "serve",
     "inspect",
     "generate",
     "gpus",

@@ -1,0 +1,118 @@
+"""`qoq serve`: vLLM, started on a checkpoint with qoq's plug-in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from qoq.recipes.errors import EnvironmentProblem
+from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded, print_text
+
+if TYPE_CHECKING:
+    from qoq.formats.checkpoint import Checkpoint
+
+_PLUGINS, _OURS = "vllm.general_plugins", "qoq"
+_INSTALL = "pip install -c constraints-vllm.txt 'qoq[vllm]'"
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context settings of the command: what it does not know is vLLM's."""
+
+
+@guarded
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Folder that `qoq quantize` wrote.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and start nothing.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Serve a checkpoint with vLLM, on qoq's kernels.
+
+    It checks that vLLM, qoq's plug-in and a GPU are there, compiles the kernels that the checkpoint needs, and then
+    becomes `vllm serve`. Options that it does not know go to vLLM as they are.
+
+    Example: `qoq serve checkpoints/llama-3-8b-w4a8kv4-g128 --tensor-parallel-size 2 --port 8001`.
+    """
+    from qoq.formats.checkpoint import open_checkpoint
+
+    terminal = Terminal(as_json, quiet)
+    opened = open_checkpoint(checkpoint)
+    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *context.args]
+    chosen = _chosen(opened)
+    if dry_run:
+        data: dict[str, Any] = {"command": words, **chosen}
+        terminal.result(data, lambda console: _render(console, words, chosen))
+        return
+    version = _check_vllm()
+    _check_gpu()
+    terminal.note(f"vLLM {version}; " + "; ".join(f"{what}: {value}" for what, value in chosen.items()))
+    _compile(terminal, opened)
+    terminal.note(shlex.join(words))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(words[0], words)  # its signals and its exit code are vLLM's from here on
+
+
+def _chosen(checkpoint: Checkpoint) -> dict[str, str]:
+    quantization = checkpoint.quantization
+    grid = "per channel" if quantization.group_size is None else "groups of 128"
+    cache = "vLLM's own, 16 bit" if quantization.kv_bits == 16 else f"{quantization.kv_bits} bit"
+    return {
+        "weights": f"4 bit, {grid}",
+        "activations": f"{quantization.act_bits} bit",
+        "KV cache": cache,
+        "model": str(checkpoint.config["model_type"]),
+    }
+
+
+def _check_vllm() -> str:
+    """The version of vLLM. Raises EnvironmentProblem where it or the plug-in is missing, or the plug-in is left out."""
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise EnvironmentProblem("vLLM is not installed", remedy=_INSTALL) from error
+    if _OURS not in {plugin.name for plugin in importlib.metadata.entry_points(group=_PLUGINS)}:
+        raise EnvironmentProblem(
+            "vLLM does not find qoq's plug-in: qoq is not installed in the environment of vLLM", remedy=_INSTALL
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _OURS not in allowed.split(","):
+        raise EnvironmentProblem(
+            f"VLLM_PLUGINS is {allowed!r} and leaves out qoq's plug-in", remedy="unset it, or add qoq to it"
+        )
+    return version
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            "serving needs a GPU, and PyTorch sees no CUDA device", remedy="`qoq doctor` says what is missing"
+        )
+
+
+def _compile(terminal: Terminal, checkpoint: Checkpoint) -> None:
+    """The kernels, now and in parallel: the server would compile each at its first use."""
+    import torch
+
+    from qoq.kernels.launch import architecture
+    from qoq.kernels.warm import needed_specs
+    from qoq_cli.kernel_cache import compile_with_progress
+
+    target = architecture(torch.cuda.current_device())
+    specs = needed_specs(target, checkpoint.quantization, checkpoint.config.get("torch_dtype"))
+    compile_with_progress(terminal, [(spec, target) for spec in specs])
+
+
+def _render(console: Console, words: list[str], chosen: dict[str, str]) -> None:
+    for what, value in chosen.items():
+        print_text(console, f"{what}: {value}")
+    print_text(console, shlex.join(words))
