@@ -51,6 +51,7 @@ TABLES = {
         "qoq bench --what e2e --prompt-len 1000,1024 --output-len 1000,512 --requests 512 --memory 73GB "
         "--precision w4a8kv4-g128,w4a8kv8-g128 --against fp16,w8a8,fp8 --json",
     ),
+    "vllm": Table("vllm", "qoq bench --what vllm --prompt-len 1000,1024 --output-len 1000,512 --json"),
     "served-batches": Table(
         "served-batches",
         "qoq bench --what e2e --batch 1,8,32,128,512 --memory 73GB --precision w4a8kv4-g128 --against fp16,fp8 --json",

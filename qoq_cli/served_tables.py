@@ -42,7 +42,7 @@ def _throughput(rows: list[dict[str, Any]], *, with_price: bool) -> Table:
     """One line for each precision and batch; the fastest is green."""
     with_energy = any(row["joules_per_token"] is not None for row in rows)
     headings = ["requests", "at\nonce", "tokens/s", "GB: weights\n+ KV"]
-    table = _table([*headings, *["J per\ntoken"] * with_energy, *["tokens\nper $"] * with_price])
+    table = served_table([*headings, *["J per\ntoken"] * with_energy, *["tokens\nper $"] * with_price])
     best = max(row["tokens_per_s"] for row in rows)
     for row in rows:
         memory, speed = row["memory"], row["tokens_per_s"]
@@ -62,7 +62,7 @@ def _throughput(rows: list[dict[str, Any]], *, with_price: bool) -> Table:
 
 def _latency(rows: list[dict[str, Any]]) -> Table:
     """The same lines."""
-    table = _table(["requests", "ms per token\np50", "\np99", "first token, s\np50", "\np99"])
+    table = served_table(["requests", "ms per token\np50", "\np99", "first token, s\np50", "\np99"])
     for row in rows:
         waits = [row["token_ms"], row["first_token_s"]]
         cells = ["-" if wait is None else short(wait[which]) for wait in waits for which in ("p50", "p99")]
@@ -70,7 +70,7 @@ def _latency(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _table(headings: list[str]) -> Table:
+def served_table(headings: list[str]) -> Table:
     table = Table()
     table.add_column("precision", no_wrap=True)
     for heading in headings:

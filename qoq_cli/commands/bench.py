@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,8 +53,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="gemm (the products of a layer), attention (one decode step), e2e (throughput of the whole model), or "
-            "all.  [default: gemm,attention; projected, all]",
+            help="gemm (the products of a layer), attention (one decode step), e2e (throughput of the whole model), "
+            "all of these, or vllm.  [default: gemm,attention; projected, all]",
         ),
     ] = None,
     batch: Annotated[
@@ -152,6 +152,9 @@ def bench(
     most. Time runs from the first prompt to the last token. fp16, w8a8 and fp8 of `--against` run on the same runtime.
     `--precision`, `--requests`, `--memory`, `--output-len` and `--price` belong to e2e.
 
+    `--what vllm` runs vLLM's own throughput benchmark with qoq's plug-in and, for `--against` fp8 and bf16, with what
+    vLLM has; the first configuration once more at the end.
+
     Examples: `qoq bench`; `qoq bench llama-2-7b --what gemm --batch 1,16,64 --against fp16`;
     `qoq bench --what attention --batch 32 --prompt-len 2048 --json`; `qoq bench --what e2e --memory 73GB`;
     `qoq bench llama-3-70b --gpu l40s --price 1.2`.
@@ -163,13 +166,19 @@ def bench(
 
         if plot is not None:
             raise InputError("--plot: a projection is not drawn", remedy="leave it out; --json has all figures")
-        _refuse_measuring(context, ("requests", "memory", "repeat", "rest", "seed", "details"))
+        _refuse_measuring(context, ("requests", "memory", "repeat", "rest", "seed", "details"), "a projection")
         run_projection(
             terminal,
             ProjectionPlan.parse(what, batch, prompt_len, output_len, precision, against, price),
             lambda: _shape(terminal, model, trust_remote_code),
             target,
         )
+        return
+    if "vllm" in split("--what", what or "gemm"):
+        _refuse_measuring(context, ("memory", "repeat", "rest", "details", "batch", "plot"), "vLLM's own benchmark")
+        given = None if _is_default(context, "against") else against
+        vllm_plan = (prompt_len, output_len, precision, given, requests, price)
+        _run_vllm(terminal, what, vllm_plan, lambda: _shape(terminal, model, trust_remote_code), seed)
         return
     plan = _Plan(what, batch, prompt_len, against, repeat, rest)
     served: dict[str, Any] = {"--output-len": output_len, "--precision": precision, "--price": price}
@@ -195,14 +204,39 @@ def bench(
         terminal.note(f"drawn into {plot}")
 
 
-def _refuse_measuring(context: typer.Context, parameters: Sequence[str]) -> None:
-    """Raise InputError for an option that only measuring has, if it was given."""
+def _is_default(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is None or source.name != "COMMANDLINE"
+
+
+def _refuse_measuring(context: typer.Context, parameters: Sequence[str], who: str) -> None:
+    """Raise InputError for an option that `who` does not have, if it was given."""
     for parameter in parameters:
-        source = context.get_parameter_source(parameter)
-        if source is not None and source.name == "COMMANDLINE":
+        if not _is_default(context, parameter):
             raise InputError(
-                f"--{parameter}: a projection has none", remedy="leave it out; it is for the GPU of this machine"
+                f"--{parameter}: {who} has none",
+                remedy="leave it out; it is for what qoq times itself on the GPU of this machine",
             )
+
+
+def _run_vllm(
+    terminal: Terminal, what: str | None, options: tuple[Any, ...], find: Callable[[], ModelShape], seed: int
+) -> None:
+    """`--what vllm`, which nothing of ours shares the GPU with. Raises InputError where it is not alone."""
+    from qoq_cli.bench_vllm import VllmPlan, render_vllm, run_vllm
+
+    if split("--what", what or "") != ["vllm"]:
+        raise InputError(f"--what {what}: vllm takes the GPU for itself", remedy="run it alone: --what vllm")
+    plan, shape = VllmPlan.parse(*options), find()
+    data = run_vllm(terminal, plan, shape, seed)
+    result = {
+        "command": shlex.join(["qoq", *sys.argv[1:]]),
+        "projected": False,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "shape": asdict(shape),
+        "vllm": data,
+    }
+    terminal.result(result, lambda console: render_vllm(console, data, asdict(shape)))
 
 
 class _Plan:

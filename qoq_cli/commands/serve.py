@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shlex
 import sys
@@ -12,14 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from qoq.recipes.errors import EnvironmentProblem
 from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded, print_text
+from qoq_cli.vllm_environment import VLLM, check_vllm
 
 if TYPE_CHECKING:
     from qoq.formats.checkpoint import Checkpoint
 
-_PLUGINS, _OURS = "vllm.general_plugins", "qoq"
-_INSTALL = "pip install -c constraints-vllm.txt 'qoq[vllm]'"
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of the command: what it does not know is vLLM's."""
 
@@ -44,14 +41,13 @@ def serve(
 
     terminal = Terminal(as_json, quiet)
     opened = open_checkpoint(checkpoint)
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *context.args]
+    words = [*VLLM, "serve", str(checkpoint), *context.args]
     chosen = _chosen(opened)
     if dry_run:
         data: dict[str, Any] = {"command": words, **chosen}
         terminal.result(data, lambda console: _render(console, words, chosen))
         return
-    version = _check_vllm()
-    _check_gpu()
+    version = check_vllm()
     terminal.note(f"vLLM {version}; " + "; ".join(f"{what}: {value}" for what, value in chosen.items()))
     _compile(terminal, opened)
     terminal.note(shlex.join(words))
@@ -70,33 +66,6 @@ def _chosen(checkpoint: Checkpoint) -> dict[str, str]:
         "KV cache": cache,
         "model": str(checkpoint.config["model_type"]),
     }
-
-
-def _check_vllm() -> str:
-    """The version of vLLM. Raises EnvironmentProblem where it or the plug-in is missing, or the plug-in is left out."""
-    try:
-        version = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise EnvironmentProblem("vLLM is not installed", remedy=_INSTALL) from error
-    if _OURS not in {plugin.name for plugin in importlib.metadata.entry_points(group=_PLUGINS)}:
-        raise EnvironmentProblem(
-            "vLLM does not find qoq's plug-in: qoq is not installed in the environment of vLLM", remedy=_INSTALL
-        )
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and _OURS not in allowed.split(","):
-        raise EnvironmentProblem(
-            f"VLLM_PLUGINS is {allowed!r} and leaves out qoq's plug-in", remedy="unset it, or add qoq to it"
-        )
-    return version
-
-
-def _check_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise EnvironmentProblem(
-            "serving needs a GPU, and PyTorch sees no CUDA device", remedy="`qoq doctor` says what is missing"
-        )
 
 
 def _compile(terminal: Terminal, checkpoint: Checkpoint) -> None:

@@ -62,7 +62,7 @@ def test_what_is_missing_is_told(
     fails: Callable[..., str], machine: dict[str, Any], small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "serving needs a GPU" in fails(3, "serve", small_checkpoint)
+    assert "vLLM needs a GPU" in fails(3, "serve", small_checkpoint)
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS is 'other'" in fails(3, "serve", small_checkpoint)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
