@@ -128,22 +128,28 @@ def _draw_served(axes: Any, data: dict[str, Any]) -> None:
         for x, y, row in zip(medians, speeds, mine, strict=True):
             axes.annotate(str(row["requests"]), (x, y), xytext=(4, -9), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     axes.set_xlabel("ms per output token of a request, p50 (line: to p99); numbers: requests")
     axes.set_ylabel("output tokens/s of all (higher is better)")
 
 
 def _finish(axes: Any) -> None:
     """A logarithmic scale with plain numbers, and a legend."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axes.set_yscale("log")
     axes.margins(y=0.08)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes.yaxis)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """On a logarithmic axis: 1, 2, 5, 10, ... without powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _style(variant: str) -> dict[str, Any]:
