@@ -72,7 +72,7 @@ bench: setup ## tables of benchmarks/ that need no download: accuracy of tiny, p
 	python benchmarks/projection_kernels.py
 
 .PHONY: bench-gpu
-bench-gpu: setup ## tables of benchmarks/ that need a GPU, named after it: all, or make bench-gpu ARGS="products served"
+bench-gpu: setup ## tables of benchmarks/ that need a GPU, named after it: all, or make bench-gpu ARGS="products layers"
 	$(BIN)/python benchmarks/gpu_tables.py $(ARGS)
 
 # ---- tests

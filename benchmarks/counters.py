@@ -49,7 +49,8 @@ def main() -> None:
         return
     if arguments.out is None:
         parser.error("--out FILE is missing")
-    words = ["ncu", "--csv", "--page", "details", "--profile-from-start", "off", "--clock-control", "none"]
+    words = ["ncu", "--csv", "--page", "details", "--print-details", "all"]
+    words += ["--profile-from-start", "off", "--clock-control", "none"]
     words += [word for section in SECTIONS for word in ("--section", section)]
     told = subprocess.run(
         [*words, sys.executable, __file__, "--launch"], stdout=subprocess.PIPE, encoding="utf-8", check=True
@@ -76,7 +77,8 @@ def parse(lines: Iterable[str]) -> list[dict[str, object]]:
         launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"], "counters": {}})
         counters = launch["counters"]
         if row["Metric Name"] and isinstance(counters, dict):
-            counters[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
+            name = f"{row['Section Name']}: {row['Metric Name']}"  # sections share names
+            counters[name] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
     return list(launches.values())
 
 

@@ -1,7 +1,7 @@
 """Makes the tables of benchmarks/ that need a GPU, named after the one at hand; or lists the commands.
 
     python benchmarks/gpu_tables.py --list
-    python benchmarks/gpu_tables.py products layers served
+    python benchmarks/gpu_tables.py products layers served-1000
 
 Each table is written when its command has ended well; one that fails leaves the file as it was, and the rest goes on.
 """
@@ -46,11 +46,14 @@ TABLES = {
     "small": Table("small-kernels", "python benchmarks/small_kernels.py --out {out}"),
     "extend": Table("extend", "python benchmarks/extend_attention.py --repeat 8 --out {out}"),
     "counters": Table("counters", "python benchmarks/counters.py --out {out}"),
-    "served": Table(
-        "served",
-        "qoq bench --what e2e --prompt-len 1000,1024 --output-len 1000,512 --requests 512 --memory 73GB "
-        "--precision w4a8kv4-g128,w4a8kv8-g128 --against fp16,w8a8,fp8 --json",
-    ),
+    **{
+        f"served-{prompt_len}": Table(
+            f"served-{prompt_len}-{output_len}",
+            f"qoq bench --what e2e --prompt-len {prompt_len} --output-len {output_len} --requests 512 --memory 73GB "
+            "--precision w4a8kv4-g128,w4a8kv8-g128 --against fp16,w8a8,fp8 --json",
+        )
+        for prompt_len, output_len in ((1000, 1000), (1024, 512))
+    },
     "vllm": Table("vllm", "qoq bench --what vllm --prompt-len 1000,1024 --output-len 1000,512 --json"),
     "served-batches": Table(
         "served-batches",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,11 @@ _GROUPS = (
     ("products", re.compile(r"qoq_gemm")),
     ("attention", re.compile(r"qoq_(decode|paged)|flash|fmha|sdpa", re.IGNORECASE)),
     ("RoPE, append", re.compile(r"qoq_kv_append")),
-    ("norms, quantizers", re.compile(r"qoq_act_quant")),
+    ("norms, quantizers", re.compile(r"qoq_act_quant|triton_")),
     ("PyTorch's products", re.compile(r"gemm|nvjet|cutlass|cublas|xmma", re.IGNORECASE)),
 )
-"""Kernels by their names, the first that matches; lm_head is among PyTorch's products."""
+"""Kernels by their names, the first that matches; lm_head is among PyTorch's products, and what torch.compile fused
+around products among norms."""
 OTHER = "other"
 
 
@@ -36,8 +38,8 @@ class DecodeResult:
     step_us        of a step in a train of them
     roof_percent   of that, the time in which weights (lm_head with them, the embedding not) and cache are read once at
                    the bandwidth that this GPU was measured to have
-    kernels_us     time of kernels by what they are for, by the profiler: more than step_us in all where they overlap;
-                   empty where it does not run
+    kernels_us     time of kernels by what they are for, by the profiler; where two overlap, the time is that of the one
+                   that began first; empty where it does not run
     """
 
     precision: str
@@ -117,12 +119,25 @@ def _kernels(launch: Callable[[], None]) -> dict[str, float]:
         for _ in range(_STEPS):
             launch()
         torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiled.events() or ()
+        if event.device_type.name == "CUDA"
+    ]
+    return {group: us / _STEPS for group, us in spent_by_group(spans).items()}
+
+
+def spent_by_group(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """Time of kernels (start, end, name) by group, the longest first; what two share counts once, for the earlier.
+
+    An overlapping kernel begins while the one before it runs, and waits for it: its duration says little.
+    """
     found: dict[str, float] = {}
-    for event in profiled.key_averages():
-        total = float(getattr(event, "self_device_time_total", 0.0))
-        if total:
-            name = group_of(event.key)
-            found[name] = found.get(name, 0.0) + total / _STEPS
+    ended = -math.inf
+    for start, end, name in sorted(spans):
+        group = group_of(name)
+        found[group] = found.get(group, 0.0) + max(0.0, end - max(start, ended))
+        ended = max(ended, end)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,13 +21,13 @@ from qoq.kernels.runtime.engine import Completion, Engine
 from qoq.kernels.runtime.memory import MemoryPlan
 from qoq.kernels.runtime.model import Options, RuntimeModel
 from qoq.kernels.runtime.scheduler import Request, decode_batches
-from qoq.recipes.errors import EnvironmentProblem
+from qoq.recipes.errors import QoQError
 from qoq.recipes.precisions import Precision
 from qoq.recipes.shapes import ModelShape
 
-_WARM_REQUESTS = 4
 _ALONE_TOKENS = 1024
 _PERCENTILES = (50, 99)
+_Tell = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class ServedResult:
     first_token_s  from the start, when all requests came, to the first token of each
     token_ms       time per output token of a request, from its first to its last; None for answers of one token
     joules         of the GPU meanwhile, idle power included; None where it cannot be read
-    decode         single steps: of one sequence of 1024 tokens, and of `together` in the middle of their answers
     """
 
     precision: str
@@ -87,14 +86,15 @@ class ServedResult:
     decode_steps: int
     decode_rows: int
     preemptions: int
-    decode: tuple[DecodeResult, ...] = ()
 
 
 @dataclass(frozen=True)
 class ServedReport:
-    """Results, and by case and precision why there is none."""
+    """Results; single decode steps, of one sequence of 1024 tokens and of as many as fit amid their answers; and by case
+    and precision why there is none."""
 
     results: list[ServedResult]
+    steps: list[DecodeResult]
     skipped: dict[str, str]
 
 
@@ -110,37 +110,56 @@ def bench_served(
 ) -> ServedReport:
     """Run every case at every precision. `options` say the device and the memory; lengths and batches are the cases'.
 
-    read_gb_s   bandwidth that single decode steps are compared with; None to leave them out (there are none on a CPU)
+    read_gb_s   bandwidth that single decode steps of the first case are compared with; None to leave them out (there
+                are none on a CPU)
 
-    Raises EnvironmentProblem where the kernels cannot run.
+    What fails is told in `skipped`, and the rest goes on.
     """
-    report = ServedReport([], {})
+    report = ServedReport([], [], {})
+    stepped = [(cases[0], precision) for precision in precisions] if read_gb_s is not None and cases else []
     runs = [(case, precision) for case in cases for precision in precisions]
+    total = len(runs) + len(stepped)
     for done, (case, precision) in enumerate(runs):
         label = f"{precision.name}, {case.prompt_len} in, {case.output_len} out, batch {case.batch}"
-        on_step(done * 1000, len(runs) * 1000, f"{label}: weights")
-        try:
-            model = _model(shape, precision, case, options, seed)
-        except (EnvironmentProblem, torch.OutOfMemoryError) as error:
-            report.skipped[label] = str(error).splitlines()[0]
-            _collect(options)
-            continue
+        on_step(done * 1000, total * 1000, f"{label}: weights")
 
         def tell(share: float, begun: int = done, label: str = label) -> None:
-            on_step(int((begun + share) * 1000), len(runs) * 1000, label)
+            on_step(int((begun + share) * 1000), total * 1000, label)
 
-        engine = Engine(model)
-        result = run_case(engine, precision.name, case, seed=seed, on_share=tell)
-        if read_gb_s is not None:
-            steps = [
-                bench_decode(engine, shape, precision, batch, context, read_gb_s=read_gb_s)
-                for batch, context in _steps(case, result.together)
-            ]
-            result = replace(result, decode=tuple(steps))
-        report.results.append(result)
-        del model, engine
-        _collect(options)
+        def run(case: ServedCase = case, precision: Precision = precision, tell: _Tell = tell) -> None:
+            engine = Engine(_model(shape, precision, case, options, seed))
+            report.results.append(run_case(engine, precision.name, case, seed=seed, on_share=tell))
+
+        _attempt(run, label, report, options)
+    # Last: a profiler that has run once slows what follows.
+    for done, (case, precision) in enumerate(stepped, start=len(runs)):
+        on_step(done * 1000, total * 1000, f"{precision.name}: single steps")
+
+        def step(case: ServedCase = case, precision: Precision = precision) -> None:
+            engine = Engine(_model(shape, precision, case, options, seed))
+            for batch, context in _steps(case, together_of(engine, case)):
+                report.steps.append(bench_decode(engine, shape, precision, batch, context, read_gb_s=read_gb_s or 0.0))
+
+        _attempt(step, f"{precision.name}: single steps", report, options)
     return report
+
+
+def _attempt(work: Callable[[], None], label: str, report: ServedReport, options: Options) -> None:
+    """Do it, or tell why not; afterwards nothing of it is left on the device."""
+    why = None
+    try:
+        work()
+    except (QoQError, RuntimeError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+    if why is not None:  # outside: the error holds on to the model
+        report.skipped[label] = why
+    _collect(options)
+
+
+def together_of(engine: Engine, case: ServedCase) -> int:
+    """Sequences that fit into the cache with all of their tokens, up to the case's batch."""
+    pool = engine.model.pool
+    return min(case.batch, pool.num_pages // pool.pages_for(case.longest))
 
 
 def run_case(
@@ -153,11 +172,11 @@ def run_case(
 ) -> ServedResult:
     """One case on a model that is loaded."""
     model = engine.model
-    together = min(case.batch, model.pool.num_pages // model.pool.pages_for(case.longest))
+    together = together_of(engine, case)
     engine.warm_up()
     requests = _requests(model, case, case.requests or max(1, together), seed)
-    short = [Request(request.prompt, min(2, case.output_len)) for request in requests[:_WARM_REQUESTS]]
-    engine.generate(short)
+    chunkful = -(-model.options.chunk_tokens // case.prompt_len) + 1
+    engine.generate([Request(request.prompt, min(2, case.output_len)) for request in requests[:chunkful]])
     total, known = len(requests) * case.output_len, 0
 
     def count(_: int, __: int) -> None:
@@ -196,8 +215,9 @@ def gemm_rows(max_batch: int) -> list[int]:
 
 
 def _steps(case: ServedCase, together: int) -> list[tuple[int, int]]:
-    """Sequences and tokens of single decode steps."""
-    middle = (together, case.prompt_len + max(1, case.output_len // 2))
+    """Sequences and tokens of single decode steps; as many sequences as a step of the run may have."""
+    batch = max((size for size in decode_batches(case.batch) if size <= together), default=0)
+    middle = (batch, case.prompt_len + max(1, case.output_len // 2))
     return [step for step in ((1, _ALONE_TOKENS), middle) if step[0] and step[1] <= case.longest]
 
 

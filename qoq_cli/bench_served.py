@@ -96,4 +96,5 @@ def run_served(
         tokens, joules = result["requests"] * result["case"]["output_len"], result["joules"]
         result["joules_per_token"] = None if joules is None else joules / tokens
         result["tokens_per_dollar"] = None if plan.price is None else 3600 * result["tokens_per_s"] / plan.price
-    return {"results": results, "skipped": {**skipped, **report.skipped}, "price": plan.price}
+    steps = [asdict(step) for step in report.steps]
+    return {"results": results, "steps": steps, "skipped": {**skipped, **report.skipped}, "price": plan.price}

@@ -63,6 +63,7 @@ def continue_on_runtime(
     chunk_tokens = min(Options.chunk_tokens, len(wanted.prompt))
     options = Options(device=device, max_batch=1, max_tokens=request.longest, chunk_tokens=chunk_tokens)
     engine = Engine(RuntimeModel.from_folder(path, options))
+    engine.warm_up(draws=wanted.temperature > 0)
     on_load()
     (answer,) = engine.generate([request], on_token=lambda _, token: on_token(token))
     return Continued(answer.tokens, engine.stats.seconds)

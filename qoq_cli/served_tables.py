@@ -25,7 +25,7 @@ def render_served(console: Console, data: dict[str, Any], shape: dict[str, Any])
         found, lengths = list(rows), f"{shape['name']}, {prompt_len} tokens in, {output_len} out"
         print_titled(console, f"Throughput of {lengths}", _throughput(found, with_price=data["price"] is not None))
         print_titled(console, f"What a request waits for: {lengths}", _latency(found))
-    for title, steps in _steps(results):
+    for title, steps in _steps(data["steps"]):
         print_titled(console, title, _decode(steps, shape["num_layers"]))
     for what, why in data["skipped"].items():
         print_text(console, f"not measured: {what}: {why}", style="dim")
@@ -82,11 +82,10 @@ def _name(row: dict[str, Any]) -> Text:
     return Text(row["precision"], "bold" if row["precision"].startswith("w4a8") else "")
 
 
-def _steps(results: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Decode steps of one sequence, and those of as many as fit, each once."""
-    steps = {(step["precision"], step["batch"], step["context"]): step for row in results for step in row["decode"]}
+def _steps(steps: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Decode steps of one sequence, and those of as many as fit."""
     for title, alone in (("One sequence", True), ("As many as fit", False)):
-        found = [step for step in steps.values() if (step["batch"] == 1) == alone]
+        found = [step for step in steps if (step["batch"] == 1) == alone]
         if found:
             yield f"{title}: a decode step, by kind of kernel in µs a layer", found
 

@@ -32,9 +32,19 @@ def plain(function: Callable[..., Any], /) -> Callable[..., Any]:
 
 @cache
 def compiled(function: Callable[..., Any], /) -> Callable[..., Any]:
-    """By torch.compile, for any number of tokens; compiled when it is first called."""
-    result: Callable[..., Any] = torch.compile(function, dynamic=True)
-    return result
+    """By torch.compile, for any number of tokens, which are the first dimension; compiled when it is first called.
+
+    Other sizes stay constants: with a row of unknown length the compiler would load value by value.
+    """
+    inner: Callable[..., Any] = torch.compile(function)
+
+    def run(*arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.ndim > 1:
+                torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return inner(*arguments)
+
+    return run
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

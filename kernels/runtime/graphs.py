@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from qoq.kernels.runtime.steps import DecodeInputs
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage that is freed during a capture would break it."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class DecodeSteps:
@@ -27,8 +42,9 @@ class DecodeSteps:
         self._run(batch, draws)  # loads kernels and makes workspaces, which a capture must not do
         torch.cuda.synchronize(tokens.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
             self._run(batch, draws)
+        graph.replay()  # the first replay takes longer than others
         self._pool = self._pool or graph.pool()  # graphs run one at a time, so they share their memory
         self._inputs.tokens.copy_(tokens)
         self._captured[batch, draws] = graph

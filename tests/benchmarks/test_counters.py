@@ -39,10 +39,13 @@ counters = load(Path(__file__).parents[2])
 def test_counters_are_read_by_launch() -> None:
     first, second = counters.parse(PRINTED.splitlines())
     assert first["kernel"] == "qoq_gemm_decode_sm90"
-    assert first["counters"] == {"Duration": "6.40 us", "DRAM Throughput": "61.52 %"}
+    assert first["counters"] == {
+        "GPU Speed Of Light Throughput: Duration": "6.40 us",
+        "GPU Speed Of Light Throughput: DRAM Throughput": "61.52 %",
+    }
     assert second == {
         "kernel": "qoq_decode_attention_sm90",
-        "counters": {"Registers Per Thread": "168 register/thread"},
+        "counters": {"Launch Statistics: Registers Per Thread": "168 register/thread"},
     }
     assert counters.parse(["==ERROR== no GPU"]) == []
 

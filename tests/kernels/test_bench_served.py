@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qoq.kernels import bench_served as module
-from qoq.kernels.bench_decode import OTHER, group_of, step_bytes
+from qoq.kernels.bench_decode import OTHER, group_of, spent_by_group, step_bytes
 from qoq.kernels.bench_served import Percentiles, ServedCase, bench_served, gemm_rows
 from qoq.kernels.runtime.model import Options
 from qoq.recipes.precisions import find_precision
@@ -111,6 +111,44 @@ def test_kernels_are_told_apart_by_their_names() -> None:
     assert group_of("qoq_act_quant_sm80") == "norms, quantizers"
     assert group_of("nvjet_hsh_128x8_64x12_1x2_h_bz_TNT") == "PyTorch's products"
     assert group_of("void at::native::index_elementwise_kernel") == OTHER
+
+
+def test_time_that_two_kernels_share_counts_for_the_earlier() -> None:
+    spans = [(10.0, 14.0, "qoq_gemm_sm90"), (13.0, 15.0, "qoq_act_quant_sm80"), (13.5, 14.5, "qoq_kv_append_sm80")]
+    assert spent_by_group(spans) == {"products": 4.0, "norms, quantizers": 1.0, "RoPE, append": 0.0}
+    assert spent_by_group([]) == {}
+
+
+def test_what_fails_in_a_run_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module.run_case
+
+    def run_case(engine: Any, precision: str, *args: Any, **options: Any) -> Any:
+        if precision == "fp16":
+            raise RuntimeError("CUDA error: out of luck\nmore of it")
+        return original(engine, precision, *args, **options)
+
+    monkeypatch.setattr(module, "run_case", run_case)
+    precisions = [find_precision(name) for name in ("fp16", "w4a8kv4-g128")]
+    report = bench_served(SHAPE, precisions, [ServedCase(8, 2, batch=2)], options=OPTIONS)
+    assert [result.precision for result in report.results] == ["w4a8kv4-g128"]
+    assert report.skipped == {"fp16, 8 in, 2 out, batch 2": "CUDA error: out of luck"}
+
+
+def test_single_steps_come_last_and_have_sizes_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def bench_decode(engine: Any, shape: Any, precision: Any, batch: int, context: int, *, read_gb_s: float) -> Any:
+        assert read_gb_s == 3000.0
+        asked.append((precision.name, batch, context))
+        return (precision.name, batch)
+
+    monkeypatch.setattr(module, "bench_decode", bench_decode)
+    precisions = [find_precision(name) for name in ("fp16", "w4a8kv4-g128")]
+    cases = [ServedCase(30, 4, batch=3), ServedCase(8, 2, batch=2)]
+    report = bench_served(SHAPE, precisions, cases, options=OPTIONS, read_gb_s=3000.0)
+    assert asked == [("fp16", 3, 32), ("w4a8kv4-g128", 3, 32)]
+    assert len(report.results) == 4
+    assert len(report.steps) == 2
 
 
 def test_rows_of_products_reach_from_one_token_to_a_chunk() -> None:

@@ -35,7 +35,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def served(shape: Any, precisions: Any, cases: Any, *, on_step: Any, **options: Any) -> ServedReport:
         asked.update(shape=shape, precisions=[p.name for p in precisions], cases=cases, **options)
         on_step(0, 1, "weights")
-        return ServedReport([result(p.name, case) for case in cases for p in precisions], {"w4a16, ...": "no kernels"})
+        results = [result(p.name, case) for case in cases for p in precisions]
+        steps = [step for p in precisions for step in decode_steps(p.name, cases[0].batch)]
+        return ServedReport(results, steps, {"w4a16, ...": "no kernels"})
 
     monkeypatch.setattr(bench, "_open_gpu", lambda device: 0)
     monkeypatch.setattr(bench, "_compile", lambda *args: None)
@@ -51,17 +53,6 @@ def result(precision: str, case: ServedCase) -> ServedResult:
     requests = case.requests or case.batch
     speed = SPEEDS[precision] * case.batch / 512
     token_ms = 1000 * case.batch / speed
-    kernels = {
-        "products": 3600.0,
-        "attention": 9000.0,
-        "norms, quantizers": 500.0,
-        "RoPE, append": 200.0,
-        "other": 60.0,
-    }
-    steps = (
-        DecodeResult(precision, 1, 1024, Timing(2400.0, 2390.0, 2450.0, 10, 8), 66.6, kernels),
-        DecodeResult(precision, case.batch, 1280, Timing(15000.0, 14900.0, 15300.0, 10, 8), 80.0, kernels),
-    )
     return ServedResult(
         precision=precision,
         case=case,
@@ -77,8 +68,21 @@ def result(precision: str, case: ServedCase) -> ServedResult:
         decode_steps=512,
         decode_rows=512 * case.batch,
         preemptions=0,
-        decode=steps,
     )
+
+
+def decode_steps(precision: str, batch: int) -> list[DecodeResult]:
+    kernels = {
+        "products": 3600.0,
+        "attention": 9000.0,
+        "norms, quantizers": 500.0,
+        "RoPE, append": 200.0,
+        "other": 60.0,
+    }
+    return [
+        DecodeResult(precision, 1, 1024, Timing(2400.0, 2390.0, 2450.0, 10, 8), 66.6, kernels),
+        DecodeResult(precision, batch, 1280, Timing(15000.0, 14900.0, 15300.0, 10, 8), 80.0, kernels),
+    ]
 
 
 def test_tables_fit_80_columns(qoq: Any, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +109,7 @@ def test_json_has_all_of_it(qoq: Any, measured: dict[str, Any]) -> None:
     assert first["case"] == {"prompt_len": 1024, "output_len": 512, "batch": 512, "requests": None}
     assert first["joules_per_token"] == pytest.approx(0.03)
     assert first["tokens_per_dollar"] == pytest.approx(20000 * 3600 / 2)
-    assert first["decode"][0]["kernels_us"]["attention"] == 9000.0
+    assert data["e2e"]["steps"][0]["kernels_us"]["attention"] == 9000.0
     assert qoq("bench", "--what", "e2e", "--json").json["e2e"]["results"][0]["tokens_per_dollar"] is None
 
 
