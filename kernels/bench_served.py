@@ -90,8 +90,10 @@ class ServedResult:
 
 @dataclass(frozen=True)
 class ServedReport:
-    """Results; single decode steps, of one sequence of 1024 tokens and of as many as fit amid their answers; and by case
-    and precision why there is none."""
+    """What was measured, and by case and precision why there is nothing.
+
+    steps   single decode steps: of one sequence of 1024 tokens, and of as many as fit in the middle of their answers
+    """
 
     results: list[ServedResult]
     steps: list[DecodeResult]
