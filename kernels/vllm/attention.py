@@ -123,6 +123,8 @@ class QoQAttention(AttentionImpl):  # type: ignore[misc]
         self.bits = bits or 0
         quantization = current_quantization()
         self.key_rotation = quantization.checkpoint.key_rotation if isinstance(quantization, QoQConfig) else "none"
+        self.memory_fits = False
+        """Whether vLLM was seen to set aside our bytes (`cache.fit_memory`)."""
         self._told = 0
 
     def do_kv_cache_update(

@@ -6,12 +6,21 @@ and handed out rightly; the attention backend (`attention`) fills it in our orde
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qoq.formats.quantization_config import QUANT_METHOD, QuantizationConfig
 from qoq.kernels.layouts import HEAD_DIMS, PAGE_SIZE, page_bytes
-from qoq.kernels.vllm.interface import CacheChoice, backend_path, cache_choice, custom_backend, logger
-from qoq.recipes.errors import EnvironmentProblem, raise_problems
+from qoq.kernels.vllm.interface import (
+    CacheChoice,
+    backend_path,
+    bytes_of_token,
+    cache_choice,
+    custom_backend,
+    keep_all_tokens,
+    logger,
+)
+from qoq.recipes.errors import EnvironmentProblem, InputError, raise_problems
 
 BACKEND = "qoq.kernels.vllm.attention.QoQAttentionBackend"
 """Imported by vLLM when it looks for the backend, which is after it has chosen a GPU."""
@@ -73,3 +82,23 @@ def _problems(choice: CacheChoice) -> list[str]:
     if choice.block_size is not None and choice.block_size % PAGE_SIZE:
         problems.append(f"--block-size {choice.block_size}: expected a multiple of the {PAGE_SIZE} tokens of a page")
     return problems
+
+
+def fit_memory(layer: Any) -> None:
+    """See to it that vLLM sets aside the bytes of our pages for an attention layer under construction.
+
+    vLLM 0.26 counts a whole byte for a value of 4 bits where a layer has a window: such a layer then keeps all tokens.
+    Raises InputError where the bytes are others still.
+    """
+    if layer.impl.memory_fits:
+        return
+    expected = math.prod(cache_shape(1, layer.num_kv_heads, layer.head_size, layer.impl.bits)) / PAGE_SIZE
+    if bytes_of_token(layer) != expected and layer.sliding_window is not None:
+        keep_all_tokens(layer)
+    found = bytes_of_token(layer)
+    if found != expected:
+        raise InputError(
+            f"vLLM sets aside {found:g} bytes for a token of a layer, qoq's pages take {expected:g}",
+            remedy=f"this version of vLLM is not supported; {REMEDY}",
+        )
+    layer.impl.memory_fits = True

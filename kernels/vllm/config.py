@@ -12,8 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from qoq.formats.quantization_config import QUANT_METHOD
 from qoq.formats.quantization_config import QuantizationConfig as CheckpointConfig
-from qoq.kernels.vllm.cache import BACKEND
-from qoq.kernels.vllm.interface import cache_type, logger
+from qoq.kernels.vllm.cache import BACKEND, fit_memory
+from qoq.kernels.vllm.interface import cache_type, is_attention_of, logger
 from qoq.recipes.errors import InputError
 
 
@@ -63,7 +63,10 @@ class QoQConfig(QuantizationConfig):  # type: ignore[misc]
 
         from qoq.kernels.vllm.linear import QoQLinearMethod
 
-        self._warn_of_cache(layer)
+        if is_attention_of(layer, BACKEND):
+            fit_memory(layer)
+        else:
+            self._warn_of_cache(layer)
         if not isinstance(layer, LinearBase):
             return None
         if is_kept(prefix, self.checkpoint.modules_to_not_convert, self.packed_modules_mapping):
@@ -71,7 +74,7 @@ class QoQConfig(QuantizationConfig):  # type: ignore[misc]
         return QoQLinearMethod(self.checkpoint, prefix)
 
     def _warn_of_cache(self, layer: nn.Module) -> None:
-        cache = cache_type(layer, BACKEND)
+        cache = cache_type(layer)
         if cache is not None and self.checkpoint.kv_bits != 16:
             logger.warning_once(
                 "qoq: the KV cache is vLLM's own, in %s, not qoq's %d-bit cache, which the checkpoint was made for and "

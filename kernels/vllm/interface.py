@@ -68,11 +68,16 @@ def parts_of(shard_id: ShardId, count: int) -> tuple[int, ...]:
     return shard_id if isinstance(shard_id, tuple) else (shard_id,)
 
 
-def cache_type(layer: Any, own_backend: str) -> str | None:
-    """What an attention layer of vLLM stores keys and values in; None for another layer, or one of `own_backend`."""
-    name = getattr(layer, "kv_cache_dtype", None)
+def is_attention_of(layer: Any, path: str) -> bool:
+    """Whether `layer` is an attention layer of vLLM with the backend whose class is at `path`."""
     backend = getattr(layer, "attn_backend", None)
-    if name is None or (backend is not None and f"{backend.__module__}.{backend.__qualname__}" == own_backend):
+    return backend is not None and f"{backend.__module__}.{backend.__qualname__}" == path
+
+
+def cache_type(layer: Any) -> str | None:
+    """What an attention layer of vLLM stores keys and values in; None for another layer."""
+    name = getattr(layer, "kv_cache_dtype", None)
+    if name is None:
         return None
     dtype = getattr(layer, "kv_cache_torch_dtype", None)
     return str(dtype).removeprefix("torch.") if name == "auto" else str(name)
@@ -179,6 +184,19 @@ def current_quantization() -> Any:
     return get_current_vllm_config().quant_config
 
 
+def bytes_of_token(layer: Any) -> float:
+    """What vLLM will set aside for a token in an attention layer under construction: keys and values, on this GPU."""
+    from vllm.config import get_current_vllm_config
+
+    spec = layer.get_kv_cache_spec(get_current_vllm_config())
+    return float(spec.page_size_bytes / spec.block_size)
+
+
+def keep_all_tokens(layer: Any) -> None:
+    """Have vLLM keep the tokens that a layer's window has left behind too; its attention does not change."""
+    layer.sliding_window = None
+
+
 def attention_of(config: Any, names: Iterable[str]) -> list[Any]:
     """What computes the attention of the layers `names`."""
     layers = config.compilation_config.static_forward_context
@@ -195,6 +213,8 @@ def host_lens(batch: Any, first: int) -> tuple[Sequence[int], Sequence[int]]:
     new = [end - start for start, end in zip(ends[first:-1], ends[first + 1 :], strict=True)]
     while new and new[-1] == 0:
         new.pop()
+    if not new:
+        return [], []
     lens = batch.seq_lens_cpu_upper_bound
     if lens is None:
         lens = batch.seq_lens
