@@ -27,7 +27,7 @@ BACKEND = "qoq.kernels.vllm.attention.QoQAttentionBackend"
 CACHE_TYPES = {4: "int4_per_token_head", 8: "int8_per_token_head"}
 """vLLM's names for our pages, by bits."""
 PAGES_HOLD = f"pages hold heads of {' or '.join(map(str, HEAD_DIMS))}"
-REMEDY = "serve with a cache of vLLM's own: --kv-cache-dtype bfloat16"
+REMEDY = "serve with a cache of vLLM's own: --kv-cache-dtype float16 or bfloat16, as the model's dtype is"
 
 
 def bits_of(cache_type: str) -> int | None:

@@ -1,6 +1,7 @@
 """What we use of vLLM that is not a documented interface, in one place: it may change between versions.
 
-Read in vLLM 0.26.0 and 0.33.0. Importing it imports neither layers nor models of vLLM.
+Read in vLLM 0.26.0 and 0.33.0. The latter asks a backend for the bytes of a token (`customize_spec`), which ours does
+not tell yet, so that our cache is refused there. Importing it imports neither layers nor models of vLLM.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def test_padded_rows_of_a_decode_batch_are_zeros() -> None:
     server.step([(0, 70), (1, 5), (2, 33)])
     step = server.step([(2, 1), (0, 1), (1, 1)], padded_sequences=2, padded_rows=2, as_tokens=True)
     assert (step.decode.rows, step.extend, step.rows) == (5, None, 5)
-    step = server.step([(2, 1), (0, 1), (1, 1)], padded_rows=5)
-    assert step.rows == 3
+    for padding in ({"padded_rows": 5}, {"padded_sequences": 2}):
+        assert server.step([(2, 1), (0, 1), (1, 1)], **padding).rows == 3
 
 
 @pytest.mark.parametrize("as_tokens", [False, True])
