@@ -85,6 +85,8 @@ class QoQMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> QoQMetadata:
         batch = common_attn_metadata
+        if batch.causal is not True:
+            raise InputError("attention to later tokens was asked for; qoq's is causal")
         sequences, _, tokens, _ = split_decodes_and_prefills(batch, decode_threshold=1)
         rows = min(sequences, tokens)  # padding may have made either of them larger
         table, lens = batch.block_table_tensor, batch.seq_lens

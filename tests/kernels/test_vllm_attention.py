@@ -256,6 +256,13 @@ def test_context_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert not attention.QoQAttention.supports_dcp
 
 
+def test_attention_to_later_tokens_is_refused() -> None:
+    batch = batch_of([4], [4], torch.zeros(1, 5, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))
+    batch.causal = False
+    with pytest.raises(InputError, match="attention to later tokens was asked for"):
+        make_builder([make_layer()]).build(0, batch)
+
+
 def test_an_output_that_attention_should_quantize_is_refused() -> None:
     x = torch.zeros(1, 4, 64, dtype=torch.float16)
     with pytest.raises(InputError, match="does not quantize its output"):
