@@ -102,7 +102,7 @@ test-lm-eval: ## tests of qoq eval --tasks and --longbench, with lm-eval in an e
 .PHONY: test-vllm
 test-vllm: ## tests of the vLLM plug-in, with vLLM in an environment of its own (a download of gigabytes)
 	$(MAKE) test VENV=.venv-vllm CONSTRAINTS=constraints-vllm.txt EXTRAS=dev,vllm \
-	  ARGS="tests/kernels/test_vllm_linear.py tests/kernels/test_vllm_plugin.py"
+	  ARGS="$(wildcard tests/kernels/test_vllm_*.py)"
 
 .PHONY: kernels
 kernels: setup ## compile every kernel for every architecture; prints registers, fails on spills (no GPU; some minutes)

@@ -12,7 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from qoq.formats.quantization_config import QUANT_METHOD
 from qoq.formats.quantization_config import QuantizationConfig as CheckpointConfig
-from qoq.kernels.vllm.interface import cache_type, logger
+from qoq.kernels.vllm.cache import BACKEND, fit_memory
+from qoq.kernels.vllm.interface import cache_type, is_attention_of, logger
 from qoq.recipes.errors import InputError
 
 
@@ -62,7 +63,10 @@ class QoQConfig(QuantizationConfig):  # type: ignore[misc]
 
         from qoq.kernels.vllm.linear import QoQLinearMethod
 
-        self._warn_of_cache(layer)
+        if is_attention_of(layer, BACKEND):
+            fit_memory(layer)
+        else:
+            self._warn_of_cache(layer)
         if not isinstance(layer, LinearBase):
             return None
         if is_kept(prefix, self.checkpoint.modules_to_not_convert, self.packed_modules_mapping):
@@ -73,8 +77,8 @@ class QoQConfig(QuantizationConfig):  # type: ignore[misc]
         cache = cache_type(layer)
         if cache is not None and self.checkpoint.kv_bits != 16:
             logger.warning_once(
-                "qoq: the KV cache is vLLM's own, in %s: qoq's %d-bit cache, which the checkpoint was made for, is not "
-                "part of this plug-in yet. Weights and activations run as W4A8.",
+                "qoq: the KV cache is vLLM's own, in %s, not qoq's %d-bit cache, which the checkpoint was made for and "
+                "which is kept where neither --kv-cache-dtype nor --attention-backend asks for another.",
                 cache,
                 self.checkpoint.kv_bits,
             )
@@ -98,9 +102,4 @@ def _refuse_unserved(checkpoint: CheckpointConfig) -> None:
         raise InputError(
             f"quantization_config: act_bits is {checkpoint.act_bits}; the vLLM plug-in serves 8",
             remedy="quantize the model with act_bits 8, or `qoq export --to vllm-w4a16`",
-        )
-    if checkpoint.key_rotation != "none" and checkpoint.kv_bits != 16:
-        raise InputError(
-            f"quantization_config: key_rotation is {checkpoint.key_rotation!r}; the vLLM plug-in rotates no keys yet",
-            remedy="quantize the model with a recipe whose key_rotation is none",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -56,6 +57,13 @@ class Operators:
         gate, up = gate_up.chunk(2, dim=1)
         self.calls.append("silu_mul_quantize")
         return self.quantize_activation(torch.nn.functional.silu(gate) * up, tiled)
+
+    def append_kv(
+        self, key: Tensor, value: Tensor, kv_pages: Tensor, slots: Tensor, bits: int, key_rotation: Any = "none"
+    ) -> None:
+        check_append(key, value, kv_pages, slots, bits, key_rotation)
+        kv_pages.copy_(append_oracle(kv_pages, arithmetic.rotate_heads(key, key_rotation), value, slots, bits))
+        self.calls.append("append_kv")
 
     def rope_append_kv(
         self,
@@ -168,25 +176,35 @@ def _sums(act_codes: Tensor, qweight: Tensor, s2_scales: Tensor | None, s2_zeros
     return (act_codes.double() @ weight.double().t()).to(torch.int32)
 
 
-@pytest.fixture
-def cpu_operators() -> Iterator[Operators]:
+_NAMES = (
+    "quantize_activation",
+    "rms_norm_quantize",
+    "add_rms_norm_quantize",
+    "silu_mul_quantize",
+    "append_kv",
+    "rope_append_kv",
+    "overlapping_decode_attention",
+    "w8a8_gemm",
+    "w4a8_gemm",
+    "w4a8_gemm_int32",
+    "w4a8_gemm_sm90",
+    "kv_round_trip",
+    "rotate_heads",
+)
+
+
+@contextmanager
+def operators_on_cpu() -> Iterator[Operators]:
     import qoq.kernels.ops  # noqa: F401  (declares the operators)
 
     operators = Operators()
     with torch.library._scoped_library("qoq", "IMPL") as library:
-        for name in (
-            "quantize_activation",
-            "rms_norm_quantize",
-            "add_rms_norm_quantize",
-            "silu_mul_quantize",
-            "rope_append_kv",
-            "overlapping_decode_attention",
-            "w8a8_gemm",
-            "w4a8_gemm",
-            "w4a8_gemm_int32",
-            "w4a8_gemm_sm90",
-            "kv_round_trip",
-            "rotate_heads",
-        ):
+        for name in _NAMES:
             library.impl(name, getattr(operators, name), "CPU")
+        yield operators
+
+
+@pytest.fixture
+def cpu_operators() -> Iterator[Operators]:
+    with operators_on_cpu() as operators:
         yield operators

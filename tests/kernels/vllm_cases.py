@@ -24,6 +24,7 @@ layers = import_module("vllm.model_executor.layers.linear")
 parameters = import_module("vllm.model_executor.parameter")
 vllm_config = import_module("vllm.config")
 plugin_config = import_module("qoq.kernels.vllm.config")
+BACKEND: str = import_module("qoq.kernels.vllm.cache").BACKEND
 
 Mode = Literal["pre_scale", "post_scale", "per_channel"]
 MODES: tuple[Mode, ...] = ("pre_scale", "post_scale", "per_channel")
