@@ -122,25 +122,12 @@ def command(model: Path, name: str, prompt_len: int, output_len: int, requests: 
 
 def write_model(folder: Path, shape: ModelShape, name: str, *, max_positions: int) -> None:
     """A model of these sizes without weights, with a tokenizer of few tokens."""
-    from transformers import LlamaConfig
-
     from qoq.formats.quantization_config import QuantizationConfig
+    from qoq.kernels.runtime.config import llama_of_shape
 
-    config = LlamaConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        num_hidden_layers=shape.num_layers,
-        vocab_size=shape.vocab_size,
-        tie_word_embeddings=shape.tied_embeddings,
-        max_position_embeddings=max_positions,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
+    data = json.loads(llama_of_shape(shape, max_positions=max_positions).to_json_string(use_diff=False))
+    data |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     folder.mkdir()
-    data = json.loads(config.to_json_string(use_diff=False))
     if name in _OURS:
         data["quantization_config"] = QuantizationConfig(_OURS[name]).to_dict()
     (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")

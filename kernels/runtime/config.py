@@ -124,7 +124,12 @@ def runtime_config(config: PretrainedConfig, *, where: str, max_positions: int |
 
 def config_of_shape(shape: ModelShape, *, max_positions: int = _MAX_POSITIONS) -> RuntimeConfig:
     """A Llama of the sizes of `shape`, without biases or norms of heads: for measurements on random weights."""
-    config = LlamaConfig(
+    return runtime_config(llama_of_shape(shape, max_positions=max_positions), where=shape.name)
+
+
+def llama_of_shape(shape: ModelShape, *, max_positions: int) -> LlamaConfig:
+    """The same as transformers' configuration."""
+    return LlamaConfig(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_attention_heads=shape.num_heads,
@@ -135,7 +140,6 @@ def config_of_shape(shape: ModelShape, *, max_positions: int = _MAX_POSITIONS) -
         tie_word_embeddings=shape.tied_embeddings,
         max_position_embeddings=max_positions,
     )
-    return runtime_config(config, where=shape.name)
 
 
 def stop_tokens(path: Path, config: PretrainedConfig) -> frozenset[int]:

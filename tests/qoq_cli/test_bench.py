@@ -49,8 +49,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             ]
         )
 
-    monkeypatch.setattr(bench, "_open_gpu", lambda device: 0)
-    monkeypatch.setattr(bench, "_compile", lambda *args: None)
+    monkeypatch.setattr(bench, "open_gpu", lambda device: 0)
+    monkeypatch.setattr("qoq_cli.bench_measured._compile", lambda *args: None)
     monkeypatch.setattr("qoq.kernels.gpu_facts.read_facts", lambda index: FACTS)
     monkeypatch.setattr("qoq.kernels.gpu_facts.read_state", lambda index: GpuState(sm_mhz=1980.0))
     monkeypatch.setattr("qoq.kernels.roofline.measure_roofline", lambda **options: ROOFLINE)

@@ -39,8 +39,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         steps = [step for p in precisions for step in decode_steps(p.name, cases[0].batch)]
         return ServedReport(results, steps, {"w4a16, ...": "no kernels"})
 
-    monkeypatch.setattr(bench, "_open_gpu", lambda device: 0)
-    monkeypatch.setattr(bench, "_compile", lambda *args: None)
+    monkeypatch.setattr(bench, "open_gpu", lambda device: 0)
+    monkeypatch.setattr("qoq_cli.bench_measured._compile", lambda *args: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr("qoq.kernels.gpu_facts.read_facts", lambda index: FACTS)
     monkeypatch.setattr("qoq.kernels.gpu_facts.read_state", lambda index: GpuState())
