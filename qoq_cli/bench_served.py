@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qoq.recipes.errors import InputError
+from qoq.recipes.errors import EnvironmentProblem, InputError
 from qoq.recipes.precisions import PRECISIONS, Precision, find_precision
 from qoq.recipes.shapes import ModelShape
 from qoq_cli.bench_options import MAX_SEQUENCES, check_price, choose, numbers, served_lengths, split
@@ -90,6 +90,11 @@ def run_served(
     with progress(terminal, "whole model") as update:
         report = bench_served(
             shape, precisions, cases, options=options, read_gb_s=roofline.read_gb_s, seed=seed, on_step=update
+        )
+    if not report.results:
+        raise EnvironmentProblem(
+            "\n".join(["nothing could be measured:", *(f"  - {what}: {why}" for what, why in report.skipped.items())]),
+            remedy="try a smaller model, shorter prompts or fewer sequences; `qoq doctor` looks at the machine",
         )
     results = [asdict(result) for result in report.results]
     for result in results:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+from tests.benchmarks.scripts import load_script
 
 PRINTED = """==PROF== Connected to process 77 (/usr/bin/python3)
 ==PROF== Profiling "qoq_gemm_decode_sm90" - 0: 0%....50%....100% - 8 passes
@@ -23,17 +20,7 @@ PRINTED = """==PROF== Connected to process 77 (/usr/bin/python3)
 """
 
 
-def load(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("counters", root / "benchmarks" / "counters.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-counters = load(Path(__file__).parents[2])
+counters = load_script("counters")
 
 
 def test_counters_are_read_by_launch() -> None:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
 
 from qoq_cli.app import app
 from qoq_cli.exit_codes import ExitCode
+from tests.benchmarks.scripts import ROOT, load_script
 
-ROOT = Path(__file__).parents[2]
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_tables", ROOT / "benchmarks" / "gpu_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_tables = load()
+gpu_tables = load_script("gpu_tables")
 
 
 @pytest.mark.parametrize("name", gpu_tables.TABLES)

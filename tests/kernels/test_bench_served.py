@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from qoq.kernels import bench_served as module
@@ -85,10 +84,10 @@ def test_prompts_are_the_same_for_every_precision_and_differ_from_each_other(mon
     assert len(set(seen[1])) == 3
 
 
-def test_percentiles_are_numpys() -> None:
-    values = list(np.random.default_rng(0).random(37))
-    found = Percentiles.of(values)
-    assert (found.p50, found.p99) == (np.percentile(values, 50), np.percentile(values, 99))
+def test_percentiles_of_requests() -> None:
+    found = Percentiles.of([float(value) for value in range(100, -1, -1)])
+    assert (found.p50, found.p99) == (50.0, 99.0)
+    assert Percentiles.of([2.0, 4.0]).p50 == 3.0
 
 
 def test_bytes_of_a_decode_step() -> None:

@@ -128,6 +128,13 @@ def test_options_reach_the_benchmark(qoq: Any, measured: dict[str, Any]) -> None
     assert measured["seed"] == 4
 
 
+def test_nothing_measured_is_a_failure(fails: Any, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = ServedReport([], [], {"fp16, 1024 in": "out of luck"})
+    monkeypatch.setattr("qoq.kernels.bench_served.bench_served", lambda *_, **__: nothing)
+    message = fails(3, "bench", "--what", "e2e", "--json")
+    assert "fp16, 1024 in: out of luck" in message
+
+
 def test_each_prompt_can_have_an_answer_of_its_own_length(qoq: Any, measured: dict[str, Any]) -> None:
     qoq("bench", "--what", "e2e", "--prompt-len", "1024,1000,128,1000", "--output-len", "512,1000,128,1000")
     assert [(case.prompt_len, case.output_len) for case in measured["cases"]] == [(1024, 512), (1000, 1000), (128, 128)]
