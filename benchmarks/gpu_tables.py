@@ -50,7 +50,7 @@ TABLES = {
         f"served-{prompt_len}": Table(
             f"served-{prompt_len}-{output_len}",
             f"qoq bench --what e2e --prompt-len {prompt_len} --output-len {output_len} --requests 512 --memory 73GB "
-            "--precision w4a8kv4-g128,w4a8kv8-g128 --against fp16,w8a8,fp8 --json",
+            "--precision w4a8kv4-g128 --against fp16,w8a8,fp8 --json",
         )
         for prompt_len, output_len in ((1000, 1000), (1024, 512))
     },

@@ -63,7 +63,7 @@ def bench_decode(
     """Measure a step of the engine's model, on a CUDA device. Raises InputError where the cache has too little room."""
     pool = engine.model.pool
     needed = batch * pool.pages_for(context)
-    if context > engine.model.longest or batch > engine.model.options.max_batch or needed > pool.free:
+    if context > engine.model.longest or batch > engine.model.max_batch or needed > pool.free:
         raise InputError(
             f"a decode step of {batch} x {context} tokens has no room in this cache of {pool.free} pages",
             remedy="use fewer sequences, shorter ones, or more memory",

@@ -139,7 +139,7 @@ def bench_served(
 
         def step(case: ServedCase = case, precision: Precision = precision) -> None:
             engine = Engine(_model(shape, precision, case, options, seed))
-            for batch, context in _steps(case, together_of(engine, case)):
+            for batch, context in _steps(engine, case):
                 report.steps.append(bench_decode(engine, shape, precision, batch, context, read_gb_s=read_gb_s or 0.0))
 
         _attempt(step, f"{precision.name}: single steps", report, options)
@@ -216,9 +216,10 @@ def gemm_rows(max_batch: int) -> list[int]:
     return sorted(rows)
 
 
-def _steps(case: ServedCase, together: int) -> list[tuple[int, int]]:
+def _steps(engine: Engine, case: ServedCase) -> list[tuple[int, int]]:
     """Sequences and tokens of single decode steps; as many sequences as a step of the run may have."""
-    batch = max((size for size in decode_batches(case.batch) if size <= together), default=0)
+    together = together_of(engine, case)
+    batch = max((size for size in decode_batches(engine.model.max_batch) if size <= together), default=0)
     middle = (batch, case.prompt_len + max(1, case.output_len // 2))
     return [step for step in ((1, _ALONE_TOKENS), middle) if step[0] and step[1] <= case.longest]
 

@@ -3,6 +3,7 @@
     qoq::append_kv       quantizes keys (after RoPE) and values of new tokens into their places in kv_pages
     qoq::rope_append_kv  the same after RoPE of queries and keys; returns the queries, and keys and values as the cache
                          gives them back, which is what attention must see in every path
+    qoq::rope_append     the same, but returns the queries alone
     qoq::kv_round_trip   keys or values as the cache gives them back, without a cache
     qoq::rotate_heads    queries (after RoPE) for keys that are kept rotated
     qoq::gather_kv       whole pages as contiguous 16-bit keys and values
@@ -14,7 +15,7 @@ bfloat16. There is no paged path for 16 bits.
 
 With key_rotation "hadamard", keys after RoPE are rotated before they are quantized: `formats.arithmetic.rotate_heads`,
 bit for bit. They stay so in the cache and in what is returned or gathered, and attention needs queries rotated like
-them: rope_append_kv returns such, rotate_heads makes them.
+them: rope_append_kv and rope_append return such, rotate_heads makes them.
 
 `slots` int64 [T] says where tokens go: page * 64 + place in the page. A negative slot is for a token that goes nowhere.
 Two tokens of one call must not have the same slot. A slot, or a page id, beyond the pool stops the kernel: the next
@@ -45,16 +46,22 @@ from qoq.kernels.launch import load_kernel, may_overlap
 from qoq.kernels.layouts import HEAD_DIMS, KV_BITS, PAGE_SIZE
 
 _THREADS = 128
+MANY_TOKENS = 256
+"""From so many tokens on, a warp of `append_kv` does _ROUNDS heads in turn, with more bytes asked for at once."""
+_ROUNDS = 4
 
 
-def append_spec(head_dim: int, bits: int, dtype: torch.dtype, *, rope: bool, key_rotation: str = "none") -> KernelSpec:
-    """The kernel of `append_kv`, or of `rope_append_kv`."""
+def append_spec(
+    head_dim: int, bits: int, dtype: torch.dtype, *, rope: bool, rounds: int = 1, key_rotation: str = "none"
+) -> KernelSpec:
+    """The kernel of `append_kv`, or of `rope_append_kv`; rounds: of heads that a warp does in turn."""
     defines = {
         "HEAD_DIM": head_dim,
         "BITS": bits,
         "IN_FORMAT": FORMATS.index(dtype),
         "ROPE": int(rope),
         "ROTATE": int(key_rotation != "none"),
+        "ROUNDS": rounds,
     }
     return KernelSpec("sm80/kv_append.cu", "qoq_kv_append_sm80", tuple(defines.items()), _THREADS)
 
@@ -89,8 +96,9 @@ def specs(architecture: str) -> list[KernelSpec]:  # noqa: ARG001  (every archit
         for dtype in FORMATS:
             for head_dim in HEAD_DIMS:
                 found += [
-                    append_spec(head_dim, bits, dtype, rope=rope, key_rotation=rotation)
+                    append_spec(head_dim, bits, dtype, rope=rope, rounds=rounds, key_rotation=rotation)
                     for rope in (False, True)
+                    for rounds in (1, _ROUNDS)
                     for rotation in KEY_ROTATIONS
                 ]
                 found.append(gather_spec(head_dim, bits, dtype))
@@ -133,16 +141,15 @@ def run_append(
     tokens, num_kv_heads, head_dim = key.shape
     if tokens == 0 or num_kv_heads == 0:
         return
-    _launch(
-        append_spec(head_dim, bits, key.dtype, rope=False, key_rotation=key_rotation),
-        2 * tokens * num_kv_heads,
-        head_dim // VECTOR,
+    _launch_append(
+        append_spec(head_dim, bits, key.dtype, rope=False, rounds=_rounds(tokens), key_rotation=key_rotation),
+        tokens,
+        2 * num_kv_heads,
         key,
         (
             *(None, key, value, None, None, None, slots, kv_pages, None, None, None),
-            *(tokens, 0, num_kv_heads, 0, token_stride(key), token_stride(value), 0, kv_pages.shape[0]),
+            *(tokens, 0, num_kv_heads, 0, token_stride(key), token_stride(value), 0, kv_pages.shape[0], 0),
         ),
-        waits=True,
     )
 
 
@@ -200,27 +207,63 @@ def run_rope_append(
     kv_pages: Tensor,
     slots: Tensor,
     bits: int,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor | None, Tensor | None],
     key_rotation: str = "none",
+    *,
+    settled: bool = False,
 ) -> None:
-    """Launch `rope_append_kv` on operands that were checked, with given contiguous outputs."""
+    """Launch `rope_append_kv` on operands that were checked; contiguous outputs, or None for what nobody wants.
+
+    settled   see `rope_append`
+    """
     tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
-    heads = tokens * (num_heads + 2 * num_kv_heads)
-    if heads == 0:
+    heads = num_heads + 2 * num_kv_heads
+    if tokens == 0 or heads == 0:
         return
-    _launch(
-        append_spec(head_dim, bits, key.dtype, rope=True, key_rotation=key_rotation),
+    _launch_append(
+        append_spec(head_dim, bits, key.dtype, rope=True, rounds=_rounds(tokens), key_rotation=key_rotation),
+        tokens,
         heads,
-        head_dim // VECTOR,
         key,
         (
             *(query, key, value, cos, sin, positions, slots, kv_pages, *out),
             *(tokens, num_heads, num_kv_heads, token_stride(query), token_stride(key), token_stride(value)),
-            *(cos.shape[0], kv_pages.shape[0]),
+            *(cos.shape[0], kv_pages.shape[0], int(settled)),
         ),
-        waits=True,
     )
+
+
+@torch.library.custom_op("qoq::rope_append", mutates_args=("kv_pages",), device_types="cuda")
+def rope_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    kv_pages: Tensor,
+    slots: Tensor,
+    bits: int,
+    key_rotation: str = "none",
+    settled: bool = False,
+) -> Tensor:
+    """`rope_append_kv` that returns query alone: for attention that reads keys and values from the pages.
+
+    settled   positions and slots were written before the last kernel that was launched the ordinary way (every one but
+              qoq's own that overlap): Hopper's may read them while kernels enqueued before it still run
+    """
+    check_append(key, value, kv_pages, slots, bits, key_rotation)
+    check_rope(query, key, cos, sin, positions)
+    turned = query.new_empty(query.shape)
+    outputs = (turned, None, None)
+    run_rope_append(
+        query, key, value, cos, sin, positions, kv_pages, slots, bits, outputs, key_rotation, settled=settled
+    )
+    return turned
+
+
+rope_append.register_fake(lambda query, *_: query.new_empty(query.shape))
 
 
 @torch.library.custom_op("qoq::kv_round_trip", mutates_args=(), device_types="cuda")
@@ -324,20 +367,24 @@ def _lanes(head_dim: int) -> int:
     return next(lanes for lanes in LANES if head_dim <= lanes * VECTOR)
 
 
-def _launch(
-    spec: KernelSpec,
-    heads: int,
-    lanes: int,
-    on: Tensor,
-    arguments: tuple[Tensor | int | None, ...],
-    *,
-    waits: bool = False,
-) -> None:
-    """Launch a kernel with `lanes` threads for each of `heads`, on the device of `on`.
+def _rounds(tokens: int) -> int:
+    return _ROUNDS if tokens >= MANY_TOKENS else 1
 
-    waits: it waits by itself for the kernel before, and may start while that ends where the device can do so.
-    """
-    blocks = math.ceil(heads / (_THREADS // lanes))
+
+def _launch_append(
+    spec: KernelSpec, tokens: int, heads: int, on: Tensor, arguments: tuple[Tensor | int | None, ...]
+) -> None:
+    """`heads` of each token. The kernel waits by itself for the one before, and may start while that ends."""
+    defines = dict(spec.defines)
+    heads_of_warp = 32 * VECTOR // defines["HEAD_DIM"] * defines["ROUNDS"]
+    blocks = math.ceil(tokens * math.ceil(heads / heads_of_warp) / (_THREADS // 32))
     device = on.device.index
     with torch.cuda.device(on.device):
-        load_kernel(spec, device).launch((blocks, 1, 1), arguments, overlapping=waits and may_overlap(device))
+        load_kernel(spec, device).launch((blocks, 1, 1), arguments, overlapping=may_overlap(device))
+
+
+def _launch(spec: KernelSpec, heads: int, lanes: int, on: Tensor, arguments: tuple[Tensor | int | None, ...]) -> None:
+    """Launch a kernel with `lanes` threads for each of `heads`, on the device of `on`."""
+    blocks = math.ceil(heads / (_THREADS // lanes))
+    with torch.cuda.device(on.device):
+        load_kernel(spec, on.device.index).launch((blocks, 1, 1), arguments)

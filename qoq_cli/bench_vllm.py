@@ -6,10 +6,13 @@ once more at the end, since a GPU gets warm.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -138,13 +141,14 @@ def write_model(folder: Path, shape: ModelShape, name: str, *, max_positions: in
 def _run(words: Sequence[str], log: Path, tell: Callable[[str], None]) -> str:
     """What the command printed. Raises EnvironmentProblem when it ends with an error."""
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while process.poll() is None:
                 tell(_end(log.read_text(encoding="utf-8", errors="replace"), lines=1))
                 time.sleep(0.2)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own, and has the GPU
             process.wait()
     text = log.read_text(encoding="utf-8", errors="replace")
     if process.returncode:

@@ -59,7 +59,7 @@ class Engine:
         self.model = model
         self.stats = RunStats(0.0, 0, 0, 0)
         max_pages = model.pool.pages_for(model.longest)
-        self._inputs = DecodeInputs(model.decoder.cache, model.options.max_batch, max_pages, model.device)
+        self._inputs = DecodeInputs(model.decoder.cache, model.max_batch, max_pages, model.device)
         graphs = model.options.graphs and model.device.type == "cuda"
         self._steps = DecodeSteps(self._decode, self._inputs, graphs=graphs)
 
@@ -97,7 +97,7 @@ class Engine:
     @torch.inference_mode()
     def warm_up(self, *, draws: bool = False) -> None:
         """Capture the graphs of all batches now, the largest first, so that no run waits for one."""
-        for batch in reversed(decode_batches(self.model.options.max_batch)):
+        for batch in reversed(decode_batches(self.model.max_batch)):
             self._steps.prepare(batch, draws)
 
     @torch.inference_mode()
@@ -138,7 +138,7 @@ class _Run:
     ) -> None:
         self._model, self._inputs, self._steps, self._on_token = model, inputs, steps, on_token
         options = model.options
-        self.scheduler = Scheduler(model.pool, max_batch=options.max_batch, chunk_tokens=options.chunk_tokens)
+        self.scheduler = Scheduler(model.pool, max_batch=model.max_batch, chunk_tokens=options.chunk_tokens)
         self._sequences = self.scheduler.add(requests)
         self._times: list[list[float]] = [[] for _ in requests]
         self._flights: deque[_Flight] = deque()

@@ -30,7 +30,7 @@ class KernelCache(KVCache):
         attention = self._decode(step) if isinstance(step, DecodeStep) else self._extend(step)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            turned, _, _ = torch.ops.qoq.rope_append_kv(
+            turned = torch.ops.qoq.rope_append(
                 query,
                 key,
                 value,
@@ -41,6 +41,7 @@ class KernelCache(KVCache):
                 step.slots,
                 config.kv_bits,
                 config.key_rotation,
+                True,  # positions and slots were written before the embedding was looked up
             )
             return attention(turned, pages[layer], config.windows[layer])
 

@@ -21,6 +21,7 @@ from qoq.kernels.runtime.memory import GPU_RESERVE, MemoryPlan, plan_memory, wor
 from qoq.kernels.runtime.page_pool import PagePool
 from qoq.kernels.runtime.random_model import random_weights
 from qoq.kernels.runtime.reference_cache import ReferenceCache
+from qoq.kernels.runtime.scheduler import decode_batches
 from qoq.kernels.runtime.steps import Piece, extend_step
 from qoq.kernels.runtime.weights import Arithmetic, ModelWeights, load_weights
 from qoq.kernels.upload import Upload
@@ -76,7 +77,10 @@ class Options:
 
 
 class RuntimeModel:
-    """Weights, cache and its pages; `memory` says what takes how many bytes, `longest` what a sequence may have."""
+    """Weights, cache and its pages; `memory` says what takes how many bytes, `longest` what a sequence may have.
+
+    max_batch   sequences at a time: what the options say, or the largest decode batch that has a page for each
+    """
 
     def __init__(self, config: RuntimeConfig, weights: ModelWeights, options: Options) -> None:
         """Use `from_folder` or `from_shape`, which make the weights as the options want them."""
@@ -87,6 +91,7 @@ class RuntimeModel:
         kind = _cache_kind(config, options)
         page_size = PAGE_SIZE if kind is not LaneCache else -(-self.longest // PAGE_SIZE) * PAGE_SIZE
         self.memory = self._plan_memory(weights, page_nbytes(config, page_size, self.dtype), page_size)
+        self.max_batch = max(size for size in decode_batches(options.max_batch) if size <= self.memory.num_pages)
         cache = self._make_cache(kind, page_size)
         self.pool = PagePool(self.memory.num_pages, page_size)
         self.decoder = Decoder(config, weights, cache)

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 import qoq.kernels.ops  # noqa: F401  (registers the operators)
 from qoq.kernels.attention import run_decode
 from qoq.kernels.extend_batch import ExtendBatch, prepare_extend
+from qoq.kernels.kv_cache import MANY_TOKENS
 from qoq.kernels.layouts import PAGE_SIZE, page_bytes
 from qoq.kernels.vllm.interface import attention_of, host_lens
 from qoq.recipes.errors import InputError
@@ -92,7 +93,8 @@ class QoQMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         table, lens = batch.block_table_tensor, batch.seq_lens
         decode = DecodeRows(rows, table[:rows], lens[:rows]) if rows else None
         new_lens, kv_lens = host_lens(batch, sequences)
-        if not new_lens:
+        # Longer than the page table: only vLLM's warm-up, which shares the tokens of a step between few sequences.
+        if not new_lens or max(kv_lens) > table.shape[1] * PAGE_SIZE:
             return QoQMetadata(decode, None)
         batches = {
             window: prepare_extend(
@@ -119,7 +121,9 @@ def _load_kernels(layer: Any, dtype: torch.dtype, device: torch.device) -> None:
     query = torch.zeros(1, layer.num_heads, layer.head_size, dtype=dtype, device=device)
     slots, one = (torch.full((1,), value, dtype=kind, device=device) for value, kind in _ONE_TOKEN)
     page = torch.zeros(1, dtype=torch.int32, device=device)
-    torch.ops.qoq.append_kv(key, key, pages, slots, layer.bits, layer.key_rotation)
+    for tokens in (1, MANY_TOKENS):  # one is written, many have kernels of their own and go nowhere
+        keys, places = key.expand(tokens, -1, -1).contiguous(), slots.expand(tokens).contiguous()
+        torch.ops.qoq.append_kv(keys, keys, pages, places - (tokens > 1), layer.bits, layer.key_rotation)
     torch.ops.qoq.gather_kv(pages, page, layer.head_size, layer.bits, dtype)
     if layer.key_rotation != "none":
         torch.ops.qoq.rotate_heads(query)

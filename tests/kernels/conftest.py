@@ -86,6 +86,13 @@ class Operators:
         key, value = (dequantize_kv_oracle(quantize_kv_oracle(x, bits), x.dtype) for x in (key, value))
         return query, key, value
 
+    def rope_append(self, query: Tensor, *rest: Any) -> Tensor:
+        *operands, settled = rest
+        assert settled
+        turned = self.rope_append_kv(query, *operands)[0]
+        self.calls[-1] = "rope_append"
+        return turned
+
     def overlapping_decode_attention(
         self,
         query: Tensor,
@@ -183,6 +190,7 @@ _NAMES = (
     "silu_mul_quantize",
     "append_kv",
     "rope_append_kv",
+    "rope_append",
     "overlapping_decode_attention",
     "w8a8_gemm",
     "w4a8_gemm",

@@ -184,10 +184,10 @@ def test_every_kernel_compiles_without_spilling() -> None:
     except EnvironmentProblem as error:
         pytest.skip(str(error))
     specs = kv_cache.specs("sm_80")
-    assert len(set(specs)) == len(specs) == 70
+    assert len(set(specs)) == len(specs) == 102
     for (spec, _), cubin in compile_all([(spec, "sm_80") for spec in specs]).items():
         assert cubin.resources.spill_bytes == cubin.resources.stack_bytes == 0, spec.label
-        assert cubin.resources.registers <= 64, spec.label
+        assert cubin.resources.registers <= 72, spec.label
 
 
 def test_every_head_has_its_lanes() -> None:

@@ -20,8 +20,9 @@ from qoq.kernels.sources import CUDA_ROOT
 from tests.kernels.emulation.emulator import EmulatedKernel, EmulationError, Emulator, missing_compiler
 from tests.kernels.kv_cases import DTYPES, SHAPES, Case, assert_all_same, assert_same, assert_same_pages, random_heads
 
-SIZES = ((1, 1, 1), (5, 3, 1), (9, 9, 3))
-"""Tokens, heads, KV heads: warps with heads of every kind, and with fewer than they have room for."""
+SIZES = ((1, 1, 1), (5, 3, 1), (9, 9, 3), (3, 24, 4))
+"""Tokens, heads, KV heads: warps with heads of every kind, and with fewer than they have room for; and several warps a
+token."""
 
 
 class Device:
@@ -69,8 +70,12 @@ def rope_append(case: Case) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("key_rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "bits"), SHAPES)
+@pytest.mark.parametrize("many_tokens", [1, 256])
 @pytest.mark.usefixtures("device")
-def test_rope_append_is_exact(head_dim: int, bits: int, dtype: torch.dtype, key_rotation: str) -> None:
+def test_rope_append_is_exact(
+    monkeypatch: pytest.MonkeyPatch, many_tokens: int, head_dim: int, bits: int, dtype: torch.dtype, key_rotation: str
+) -> None:
+    monkeypatch.setattr(kv_cache, "MANY_TOKENS", many_tokens)
     for tokens, heads, kv_heads in SIZES:
         case = Case(tokens, heads, kv_heads, head_dim, bits, dtype, key_rotation)
         assert_all_same(case, rope_append(case))
@@ -79,8 +84,12 @@ def test_rope_append_is_exact(head_dim: int, bits: int, dtype: torch.dtype, key_
 @pytest.mark.parametrize("key_rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "bits"), SHAPES)
+@pytest.mark.parametrize("many_tokens", [1, 256])
 @pytest.mark.usefixtures("device")
-def test_append_is_exact(head_dim: int, bits: int, dtype: torch.dtype, key_rotation: str) -> None:
+def test_append_is_exact(
+    monkeypatch: pytest.MonkeyPatch, many_tokens: int, head_dim: int, bits: int, dtype: torch.dtype, key_rotation: str
+) -> None:
+    monkeypatch.setattr(kv_cache, "MANY_TOKENS", many_tokens)
     for tokens, _, kv_heads in SIZES:
         case = Case(tokens, 0, kv_heads, head_dim, bits, dtype, key_rotation)
         _, key, value = (part.contiguous() for part in case.parts(case.qkv))
@@ -88,6 +97,23 @@ def test_append_is_exact(head_dim: int, bits: int, dtype: torch.dtype, key_rotat
         kv_cache.run_append(key, value, pages, case.slots, bits, key_rotation)
         expected = append_oracle(case.pages, case.turned(key), value, case.slots, bits)
         assert_same_pages(pages, expected, head_dim, bits)
+
+
+@pytest.mark.parametrize("many_tokens", [1, 256])
+@pytest.mark.usefixtures("device")
+def test_keys_and_values_that_nobody_wants_are_not_handed_back(
+    monkeypatch: pytest.MonkeyPatch, many_tokens: int
+) -> None:
+    monkeypatch.setattr(kv_cache, "MANY_TOKENS", many_tokens)
+    case = Case(5, 6, 2, 128, 4, torch.float16)
+    expected, *_, expected_pages = rope_append(case)
+    parts = [part.contiguous() for part in case.parts(case.qkv)]
+    pages, query = case.pages.clone(), torch.zeros_like(parts[0])
+    kv_cache.run_rope_append(
+        *parts, case.cos, case.sin, case.positions, pages, case.slots, case.bits, (query, None, None)
+    )
+    assert_same("query", query, expected)
+    assert_same_pages(pages, expected_pages, 128, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

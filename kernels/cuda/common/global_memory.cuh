@@ -55,13 +55,6 @@ DEVICE int64_t load_number(const int64_t* pointer, bool valid) {
     return v;
 }
 
-// As recent as the L2 has it, where every write ends up: a hint of what a kernel that still runs may yet change.
-DEVICE int32_t load_hint(const int32_t* pointer) {
-    int32_t v;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(pointer));
-    return v;
-}
-
 // The line goes to the L2, where later writes find it: it may be asked for before it has its last value.
 DEVICE void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 

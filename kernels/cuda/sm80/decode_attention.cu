@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     CopyRing ring{kv_pages, places, shared_address(dynamic_shared + warp * kRingBytes), 0};
 #pragma unroll 1
     for (int stage = 0; stage < STAGES; ++stage) ring.fill<true>(stage);
-    rows.clear_empty(work);
+    rows.clear_empty(work, gridDim.x);
 
     const auto last_sums = [&](int w) { return reinterpret_cast<float*>(dynamic_shared + w * kRingBytes); };
     if (of_warp.count() > 0)

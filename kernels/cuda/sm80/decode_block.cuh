@@ -81,10 +81,10 @@ struct Rows {
             to[j] = Format::pair(values[2 * j] * factor, values[2 * j + 1] * factor);
     }
 
-    // Zeros for sequences of no tokens; all threads of all blocks call.
-    DEVICE void clear_empty(const Work& work) const {
+    // Zeros for sequences of no tokens; all threads of the first `blocks` blocks call.
+    DEVICE void clear_empty(const Work& work, int blocks) const {
 #pragma unroll 1
-        for (int sequence = blockIdx.x; sequence < work.sequences; sequence += gridDim.x) {
+        for (int sequence = blockIdx.x; sequence < work.sequences; sequence += blocks) {
             if (work.length(sequence) > 0) continue;
             const int64_t first = static_cast<int64_t>(sequence) * heads.heads() * HEAD_DIM;
             uint4* const to = reinterpret_cast<uint4*>(output + first);

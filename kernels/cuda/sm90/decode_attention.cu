@@ -1,12 +1,14 @@
 // Hopper's decode attention: as sm80/decode_attention.cu, with the same results up to the order of sums, but
 // - a warp's ring is filled by bulk copies, one a sub-block, which cost a lane one instruction;
 // - one launch: what a segment has in several blocks is joined by the block where it ends;
-// - it lets the next kernel start, and itself starts on what cannot change any more while the last one ends.
+// - it lets the next kernel start, and itself starts on what cannot change any more while the last one ends;
+// - of a short list some blocks have nothing, and end: to join the parts of a segment takes longer than some more units.
 #include "common/global_memory.cuh"
 #include "sm80/decode_block.cuh"
 #include "sm90/async.cuh"
 
 constexpr int kPartsAtOnce = 8;
+constexpr int kLeastUnits = 4;  // of a block that has any
 constexpr uint32_t kNothing = 0xFFFFFFFFu, kNaN = 0x7FFFFFFFu;
 
 struct BulkRing {
@@ -156,7 +158,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (fresh_tokens < 0) wait_for_last_kernel();
     Work work{kv_lens, sequences, max_pages * kPageTokens, window, heads.groups(), nullptr};
     const int total = work.build(shared.starts, shared.warp_totals);
-    const Run of_block = Run{0, total}.part(gridDim.x, blockIdx.x), of_warp = of_block.part(WARPS, warp);
+    const int blocks = min(static_cast<int>(gridDim.x), max(1, total / kLeastUnits)), block = blockIdx.x;
+    if (block >= blocks) return;
+    const Run of_block = Run{0, total}.part(blocks, block), of_warp = of_block.part(WARPS, warp);
 
     Places places{work, page_table, max_pages, num_pages, heads, of_warp};
     BulkRing ring{kv_pages, places, shared_address(dynamic_shared + warp * kRingBytes), shared_address(barriers[warp]),
@@ -171,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const RawQuery raw = rows.load(first);
 #pragma unroll 1
     for (int stage = early; stage < STAGES; ++stage) ring.fill<true>(stage);
-    rows.clear_empty(work);
+    rows.clear_empty(work, blocks);
 
     const auto last_sums = [&](int w) { return reinterpret_cast<float*>(dynamic_shared + w * kRingBytes); };
     if (of_warp.count() > 0)
@@ -187,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             if (segment.end > of_block.end) {
                 slots.leave(blockIdx.x, i, joined);
             } else if (segment.begin < of_block.first) {
-                const Joined all = slots.take(part_of(segment.begin, total, gridDim.x), i, joined);
+                const Joined all = slots.take(part_of(segment.begin, total, blocks), i, joined);
                 rows.finish(segment, i, all.values, all.sum);
             } else {
                 rows.finish(segment, i, joined.values, joined.sum);

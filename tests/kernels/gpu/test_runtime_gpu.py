@@ -121,7 +121,8 @@ def test_sequences_that_are_set_back(checkpoint: Path) -> None:
         with torch.inference_mode():
             return reference.decoder.logits(hidden)
 
-    check_ties([completion.tokens for completion in found], logits_of, TIE)
+    # What was set back is computed anew as a prompt: more tokens, and more that differ in 16 bits.
+    check_ties([completion.tokens for completion in found], logits_of, 1.5 * TIE)
 
 
 @pytest.mark.parametrize("precision", ["w4a8kv4-g128", "w4a8kv4-chn", "w8a8kv8", "fp8", "fp16"])
@@ -197,9 +198,11 @@ def test_eight_sequences_of_32k_tokens(gpu: torch.device, kv_bits: int) -> None:
     config = config_of_shape(find_shape("llama-3-8b"), max_positions=length + 1).served_with(kv_bits)
     config = RuntimeConfig(**{**vars(config), "num_layers": 1, "windows": (0,)})
     pages = sequences * -(-(length + 1) // 64)
-    cache: Any = KernelCache(config, pages, gpu)
+    cache: Any
     if kv_bits == 16:
-        cache = LaneCache(config, sequences, length + 64, gpu, torch.float16)
+        cache = LaneCache(config, sequences, length + 256, gpu, torch.float16)
+    else:
+        cache = KernelCache(config, pages, gpu)
     run = LongContext(config, cache, sequences, length)
     exact = LongContext(config, ReferenceCache(config, pages, gpu, torch.float16), sequences, length)
     sampled: dict[tuple[int, int], Tensor] = {}

@@ -84,6 +84,15 @@ def test_temperature_0_takes_the_likeliest_beside_rows_that_draw() -> None:
     assert torch.equal(sample(logits, None), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("vocabulary", [4096, 501 * 256, 37, 384])
+@pytest.mark.parametrize("rows", [1, 5, 130])
+def test_the_likeliest_is_the_first_of_the_highest(rows: int, vocabulary: int) -> None:
+    """Few rows are searched in parts: values come more than once."""
+    logits = torch.randint(0, 9, (rows, vocabulary), generator=torch.Generator().manual_seed(rows)).to(torch.float16)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert sample(logits, None).tolist() == expected
+
+
 def test_a_draw_depends_on_its_own_row_only() -> None:
     logits = torch.randn(70, 50, generator=torch.Generator().manual_seed(2))
     how = draws(70, top_p=0.8, place=5)
