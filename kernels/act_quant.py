@@ -48,6 +48,8 @@ _ROWS_A_BLOCK = 4
 _MAX_STRIDE = 2**31 - 1
 _VECTORS = ((2048, 2), (4096, 4), (6656, 8))
 """Rows of up to so many vectors of 8 values take a block whose threads hold so many each, in registers."""
+_FEW_ROWS_VECTORS = ((512, 1), *_VECTORS)
+"""The same on Hopper for few rows: whose time is that of one thread, not of the memory."""
 _MANY_ROWS_VECTORS = ((2048, 4), (6656, 8))
 _MANY_ROWS_NORM_VECTORS = ((2048, 4),)
 """The same on Hopper for many rows: more bytes asked for at once take more of the memory's bandwidth."""
@@ -57,8 +59,8 @@ _SPLITS = ((4, 2048, 8, 1), (32, 2048, 4, 2))
 """On Hopper, rows longer than _SPLIT_FROM vectors: up to so many rows of up to so many vectors take so many blocks of a
 cluster each, whose threads hold so many vectors: one multiprocessor would take too long."""
 _SPLIT_FROM = 1024
-_FEW_ROWS = 255
-_TURNS = ((8192, 8192, 4), (256, MAX_K, 2))
+_FEW_ROWS = 383
+_TURNS = ((8192, 8192, 4), (1024, MAX_K, 2))
 """From so many rows on of up to so many values, a block does so many one after the other and then writes tiles of them.
 """
 _BOARD_BYTES = 3 * (64 * 4 + 16)
@@ -114,7 +116,7 @@ def row_shape(operation: str, k: int, *, rows: int, tiled: bool, hopper: bool) -
             if rows <= most_rows and vectors_of_row <= longest:
                 return of(vectors, blocks)
     if rows <= _FEW_ROWS:
-        return of(fitting(_VECTORS))
+        return of(fitting(_FEW_ROWS_VECTORS))
     turns = next(
         (
             turns
@@ -155,7 +157,7 @@ def spec(
 def specs(architecture: str) -> list[KernelSpec]:
     """All that can be asked for, each with its largest block: a smaller one is a launch of the same compiled kernel."""
     hopper = architecture == "sm_90"
-    limits = {limit for table in (_WARP_VECTORS, _VECTORS, _MANY_ROWS_VECTORS) for limit, _ in table}
+    limits = {limit for table in (_WARP_VECTORS, _FEW_ROWS_VECTORS, _MANY_ROWS_VECTORS) for limit, _ in table}
     limits |= {limit for _, limit, _, _ in _SPLITS} | {
         min(_STAGED_BYTES // turns, longest) // _VECTOR for _, longest, turns in _TURNS
     }

@@ -199,7 +199,7 @@ def test_subnormal_rows_of_bfloat16_are_lifted() -> None:
 # ---- blocks
 
 
-NUMBERS = (1, 4, 5, 16, 32, 33, 64, 65, 255, 256, 8191, 8192, 100_000)
+NUMBERS = (1, 4, 5, 16, 32, 33, 64, 65, 383, 384, 1023, 1024, 8191, 8192, 100_000)
 """Of rows: around all that shapes depend on."""
 
 
