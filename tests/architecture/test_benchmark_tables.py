@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_tables_of_hopper_are_those_of_its_files() -> None:
+@pytest.mark.parametrize(("page", "count"), [("hopper", 7), ("served", 4)])
+def test_the_tables_of_a_page_are_those_of_its_files(page: str, count: int) -> None:
     made = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "hopper_tables.py")], capture_output=True, encoding="utf-8", check=True
+        [sys.executable, str(BENCHMARKS / f"{page}_tables.py")], capture_output=True, encoding="utf-8", check=True
     )
     tables = re.findall(r"(?:^\|.*\n)+", made.stdout, flags=re.MULTILINE)
-    assert len(tables) == 7
-    text = (BENCHMARKS / "hopper.md").read_text(encoding="utf-8")
+    assert len(tables) == count
+    text = (BENCHMARKS / f"{page}.md").read_text(encoding="utf-8")
     for table in tables:
-        assert table in text, f"not in hopper.md:\n{table}"
+        assert table in text, f"not in {page}.md:\n{table}"

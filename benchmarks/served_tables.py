@@ -1,0 +1,86 @@
+"""The tables of served.md, from the measured JSON files.
+
+    python benchmarks/served_tables.py
+
+Prints the tables as Markdown; a test holds served.md to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+FILES = {"1000 in, 1000 out": "served-1000-1000-h200", "1024 in, 512 out": "served-1024-512-h200"}
+NAMES = {"w4a8kv4-g128": "W4A8KV4 g128", "w8a8kv8": "W8A8KV8", "fp8": "fp8, KV8", "fp16": "fp16"}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print("\n\n".join(f"{title}\n\n{table}" for title, table in tables()))
+
+
+def tables() -> Iterator[tuple[str, str]]:
+    """Each table with what it shows."""
+    measured = {
+        title: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for title, name in FILES.items()
+    }
+    for title, data in measured.items():
+        yield title, _throughput(data["e2e"]["results"])
+    (first, *_) = measured.values()
+    layers = first["shape"]["num_layers"]
+    for title, alone in (("one sequence", True), ("as many as fit", False)):
+        yield title, _steps([step for step in first["e2e"]["steps"] if (step["batch"] == 1) == alone], layers)
+
+
+def _throughput(results: Sequence[dict[str, Any]]) -> str:
+    ours = results[0]["tokens_per_s"]
+    body = [
+        [
+            NAMES[row["precision"]],
+            str(row["together"]),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{ours / row['tokens_per_s']:.2f}",
+            f"{row['token_ms']['p50']:.1f} / {row['token_ms']['p99']:.1f}",
+            f"{row['first_token_s']['p50']:.1f} / {row['first_token_s']['p99']:.1f}",
+            f"{1000 * row['joules_per_token']:.0f}",
+        ]
+        for row in results
+    ]
+    heads = [
+        "",
+        "sequences at once",
+        "tokens/s",
+        "ours is faster by",
+        "ms a token, p50 / p99",
+        "s to the first, p50 / p99",
+    ]
+    return _markdown([*heads, "mJ a token"], body)
+
+
+def _steps(steps: Sequence[dict[str, Any]], layers: int) -> str:
+    groups = list(dict.fromkeys(group for step in steps for group in step["kernels_us"]))
+    body = [
+        [
+            NAMES[step["precision"]],
+            f"{step['batch']} x {step['context']}",
+            f"{step['step_us']['median_us'] / 1000:.2f}",
+            f"{step['roof_percent']:.0f} %",
+            *(f"{step['kernels_us'][group] / layers:.1f}" if group in step["kernels_us"] else "-" for group in groups),
+        ]
+        for step in steps
+    ]
+    return _markdown(["", "sequences x tokens", "ms", "of the reads alone", *groups], body)
+
+
+def _markdown(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return "\n".join(
+        [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in body)]
+    )
+
+
+if __name__ == "__main__":
+    main()
