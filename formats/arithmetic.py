@@ -15,6 +15,7 @@ from qoq.formats.quantized_linear import QuantizedLinear
 from qoq.recipes.schema import KeyRotation
 
 ACT_QMAX = 127
+CHANNEL_QMAX = 127
 KvBits = Literal[4, 8, 16]
 _EXACT_K = 1024
 """|act * weight| <= 127 * 128, so sums over 1024 inputs stay below 2**24, where float32 counts every integer."""
@@ -79,6 +80,18 @@ class IntegerWeight:
         """float32 [N, K]."""
         weight = self.values.float() * self.s1_scales.unsqueeze(1)
         return weight if self.s1_szeros is None else weight - self.s1_szeros.unsqueeze(1)
+
+
+def quantize_channels(weight: Tensor) -> IntegerWeight:
+    """Symmetric int8 of weight [N, K], a scale for each channel: amax / 127, rounded to float16 before it divides.
+
+    A channel of zeros, or so small that its scale vanishes in float16, has codes 0.
+    """
+    weight = weight.float()
+    scales = (weight.abs().amax(dim=1) / CHANNEL_QMAX).half().float()
+    scales = torch.where(scales > 0, scales, torch.inf)
+    codes = (weight / scales.unsqueeze(1)).round().clamp(-CHANNEL_QMAX, CHANNEL_QMAX).to(torch.int8)
+    return IntegerWeight(codes, torch.where(scales.isinf(), 1.0, scales), None, None)
 
 
 def integer_matmul(act_codes: Tensor, weight_values: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ _GROUPS = (
     ("norms, quantizers", re.compile(r"qoq_act_quant|triton_")),
     ("PyTorch's products", re.compile(r"gemm|nvjet|cutlass|cublas|xmma", re.IGNORECASE)),
 )
-"""Kernels by their names, the first that matches; lm_head is among PyTorch's products, and what torch.compile fused
-around products among norms."""
+"""Kernels by their names, the first that matches. A 16-bit lm_head is among PyTorch's products, and what torch.compile
+fused around products among norms."""
 OTHER = "other"
 
 
@@ -77,15 +77,17 @@ def bench_decode(
         for own in pages:
             pool.give_back(own)
     timing = summarize(samples, calls=_STEPS)
-    floor_us = step_bytes(shape, precision, batch, context) / read_gb_s * 1e-3
+    nbytes = step_bytes(shape, precision, batch, context, lm_head_bits=engine.model.options.lm_head_bits)
+    floor_us = nbytes / read_gb_s * 1e-3
     return DecodeResult(precision.name, batch, context, timing, 100 * floor_us / timing.median_us, kernels)
 
 
-def step_bytes(shape: ModelShape, precision: Precision, batch: int, context: int) -> int:
+def step_bytes(shape: ModelShape, precision: Precision, batch: int, context: int, *, lm_head_bits: int = 16) -> int:
     """That a decode step must read: weights with their scales, lm_head, and the cache."""
     embedding = 0 if shape.tied_embeddings else 2 * shape.vocab_size * shape.hidden_size
+    saved = 0 if lm_head_bits == 16 else shape.vocab_size * (shape.hidden_size - 2)  # a byte a weight, less the scales
     cache = batch * context * kv_token_bytes(shape, precision.kv_bits)
-    return weight_bytes(shape, precision.weights) - embedding + cache
+    return weight_bytes(shape, precision.weights) - embedding - saved + cache
 
 
 def _plan(pages: list[list[int]], context: int) -> DecodePlan:

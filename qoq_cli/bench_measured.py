@@ -81,6 +81,7 @@ def served_plan(
         against,
         options["--requests"],
         options["--memory"],
+        options["--lm-head-bits"],
         options["--price"],
     )
 

@@ -32,6 +32,7 @@ class ServedPlan:
     precisions: list[Precision]
     requests: int | None
     memory_bytes: int | None
+    lm_head_bits: int
     price: float | None
 
     @staticmethod
@@ -43,12 +44,15 @@ class ServedPlan:
         against: str,
         requests: int | None,
         memory: str | None,
+        lm_head_bits: int | None,
         price: float | None,
     ) -> ServedPlan:
         """From the options of `qoq bench`. Raises InputError that names the option."""
         check_price(price)
         if requests is not None and not 1 <= requests <= _MAX_REQUESTS:
             raise InputError(f"--requests {requests}: out of range", remedy=f"pass 1 to {_MAX_REQUESTS}")
+        if lm_head_bits not in (None, 8, 16):
+            raise InputError(f"--lm-head-bits {lm_head_bits}: not supported", remedy="use 16 or 8")
         ours = _DEFAULT_OURS if precision is None else choose("--precision", split("--precision", precision), _OURS)
         others = [] if against == "none" else split("--against", against)
         names = dict.fromkeys([*ours, *(_AGAINST[name] for name in others if name in _AGAINST)])
@@ -58,6 +62,7 @@ class ServedPlan:
             precisions=[find_precision(name) for name in names],
             requests=requests,
             memory_bytes=None if memory is None else parse_size("--memory", memory),
+            lm_head_bits=lm_head_bits or 16,
             price=price,
         )
 
@@ -85,6 +90,7 @@ def run_served(
         device="cuda",  # the current one
         chunk_tokens=CHUNK_TOKENS,
         memory_bytes=plan.memory_bytes,
+        lm_head_bits=plan.lm_head_bits,
         prefill_first=True,  # all requests come at once: what counts is tokens a second
         compiled=True,  # baselines have fused kernels around their products too
     )
@@ -103,4 +109,10 @@ def run_served(
         result["joules_per_token"] = None if joules is None else joules / tokens
         result["tokens_per_dollar"] = None if plan.price is None else 3600 * result["tokens_per_s"] / plan.price
     steps = [asdict(step) for step in report.steps]
-    return {"results": results, "steps": steps, "skipped": {**skipped, **report.skipped}, "price": plan.price}
+    return {
+        "results": results,
+        "steps": steps,
+        "skipped": {**skipped, **report.skipped},
+        "price": plan.price,
+        "lm_head_bits": plan.lm_head_bits,
+    }

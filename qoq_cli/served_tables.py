@@ -19,6 +19,8 @@ _GB = 1e9
 def render_served(console: Console, data: dict[str, Any], shape: dict[str, Any]) -> None:
     """Print two tables for each pair of lengths, and two of single decode steps."""
     results = data["results"]
+    if data["lm_head_bits"] != 16:
+        print_text(console, f"lm_head has {data['lm_head_bits']} bits, at every precision")
     for (prompt_len, output_len), rows in groupby(
         results, key=lambda row: (row["case"]["prompt_len"], row["case"]["output_len"])
     ):

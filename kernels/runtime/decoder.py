@@ -27,7 +27,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] in the dtype of hidden states [T, H]."""
-        return functional.linear(self.weights.final_norm.of(hidden), self.weights.lm_head)
+        return self.weights.lm_head.of_norm(hidden, self.weights.final_norm)
 
     def _block(
         self, index: int, block: BlockWeights, x: Tensor, residual: Tensor | None, attend: Attend

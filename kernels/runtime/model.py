@@ -44,6 +44,7 @@ class Options:
     arithmetic     None: the kernels on a GPU, the reference elsewhere
     dtype          of activations; None: the model's 16-bit type on a GPU, float32 on the CPU
     kv_bits, key_rotation   of the cache; act_bits of quantized linears; None: as the checkpoint says
+    lm_head_bits   16, or 8 for lm_head in int8, with inputs of int8: no checkpoint says so
     max_batch      sequences at a time
     max_tokens     of a sequence, answer included; None: as many as the model has positions
     chunk_tokens   of a prefill step
@@ -60,6 +61,7 @@ class Options:
     kv_bits: int | None = None
     key_rotation: KeyRotation | None = None
     act_bits: int | None = None
+    lm_head_bits: int = 16
     max_batch: int = 64
     max_tokens: int | None = None
     chunk_tokens: int = 4096
@@ -74,6 +76,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
+        if self.lm_head_bits not in (8, 16):
+            raise InputError(f"lm_head_bits is {self.lm_head_bits}, expected 8 or 16")
 
 
 class RuntimeModel:
@@ -116,6 +120,7 @@ class RuntimeModel:
                 dtype=dtype,
                 arithmetic=arithmetic,
                 act_bits=options.act_bits,
+                lm_head_bits=options.lm_head_bits,
                 fuse=_fuse(options),
                 on_block=on_block,
             )
@@ -137,6 +142,7 @@ class RuntimeModel:
                 device=device,
                 dtype=dtype,
                 arithmetic=arithmetic,
+                lm_head_bits=options.lm_head_bits,
                 seed=seed,
                 fuse=_fuse(options),
             )

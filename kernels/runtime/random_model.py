@@ -13,7 +13,7 @@ from qoq.kernels.random_weights import random_packed_linear
 from qoq.kernels.runtime.config import RuntimeConfig
 from qoq.kernels.runtime.elementwise import Fuse, plain
 from qoq.kernels.runtime.linears import DenseLinear, Fp8Linear, Int8Linear, Linear, Norm, TiledLinear
-from qoq.kernels.runtime.weights import Arithmetic, BlockWeights, ModelWeights, place_checked, place_packed
+from qoq.kernels.runtime.weights import Arithmetic, BlockWeights, ModelWeights, place_checked, place_head, place_packed
 from qoq.kernels.tiles import tile_int8_weights
 from qoq.recipes.errors import InputError
 from qoq.recipes.precisions import WeightKind
@@ -31,6 +31,7 @@ def random_weights(
     device: torch.device,
     dtype: torch.dtype,
     arithmetic: Arithmetic,
+    lm_head_bits: int = 16,
     seed: int = 0,
     fuse: Fuse = plain,
 ) -> ModelWeights:
@@ -63,10 +64,12 @@ def random_weights(
     )
     embedding = normal(config.vocab_size, hidden, spread=1.0)
     head = embedding if config.tied_embeddings else normal(config.vocab_size, hidden)
+    lm_head = place_head(head, lm_head_bits, arithmetic, fuse)
+    del head
     if device.type == "cuda":  # Hopper's kernels read weights ahead of what was enqueued
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    return ModelWeights(embedding, blocks, norm, head)
+    return ModelWeights(embedding, blocks, norm, lm_head)
 
 
 def _maker(

@@ -13,16 +13,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from qoq.formats.arithmetic import IntegerWeight
+from qoq.formats.arithmetic import IntegerWeight, quantize_channels
 from qoq.formats.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
-from qoq.formats.packing import unpack_linear
+from qoq.formats.packing import padded_in_features, unpack_linear
 from qoq.formats.sources import TensorSource, open_folder
 from qoq.kernels.modules import IN_FEATURES_STEP, wants_tiles
 from qoq.kernels.runtime.config import RuntimeConfig
 from qoq.kernels.runtime.elementwise import Fuse, plain
 from qoq.kernels.runtime.linears import (
     DenseLinear,
+    Int8Linear,
     Linear,
     Norm,
     PackedLinear,
@@ -30,12 +32,13 @@ from qoq.kernels.runtime.linears import (
     TiledLinear,
     joined,
 )
-from qoq.kernels.tiles import tile_weights
+from qoq.kernels.tiles import tile_int8_weights, tile_weights
 from qoq.recipes.errors import InputError
 from qoq.recipes.schema import ZeroDomain
 
 Arithmetic = Literal["kernels", "reference"]
 """What computes: CUDA kernels, or the reference on any device."""
+_HEAD_STEP, _HEAD_ROWS = 32, 8192
 _ALONG_CHANNELS = {"qweight": 0, "s1_scales": 0, "s1_szeros": 0, "bias": 0, "s2_scales": 1, "s2_zeros": 1}
 """The axis of each packed tensor along which linears are put side by side: N, in whole stripes of 32 channels."""
 
@@ -55,18 +58,19 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """embedding and lm_head [V, H], the same tensor where they are tied."""
+    """embedding [V, H], which lm_head may have as its weight."""
 
     embedding: Tensor
     blocks: tuple[BlockWeights, ...]
     final_norm: Norm
-    lm_head: Tensor
+    lm_head: Linear
 
     @property
     def nbytes(self) -> int:
         """Of what takes memory: the linears, the embedding and the head; norms do not count."""
         linears = sum(b.qkv.nbytes + b.o.nbytes + b.gate_up.nbytes + b.down.nbytes for b in self.blocks)
-        head = 0 if self.lm_head is self.embedding else self.lm_head.nbytes
+        is_tied = isinstance(self.lm_head, DenseLinear) and self.lm_head.weight is self.embedding
+        head = 0 if is_tied else self.lm_head.nbytes
         return linears + self.embedding.nbytes + head
 
 
@@ -78,6 +82,7 @@ def load_weights(
     dtype: torch.dtype,
     arithmetic: Arithmetic,
     act_bits: int | None = None,
+    lm_head_bits: int = 16,
     fuse: Fuse = plain,
     on_block: Callable[[int], None] = lambda _: None,
 ) -> ModelWeights:
@@ -97,8 +102,33 @@ def load_weights(
     head = embedding
     if not config.tied_embeddings:
         head = reader.tensor(f"{family.lm_head}.weight", (config.vocab_size, hidden))
+    lm_head = place_head(head, lm_head_bits, arithmetic, fuse)
+    del head
     _settle(device)
-    return ModelWeights(embedding, tuple(blocks), reader.norm(family.final_norm), head)
+    return ModelWeights(embedding, tuple(blocks), reader.norm(family.final_norm), lm_head)
+
+
+def place_head(weight: Tensor, bits: int, arithmetic: Arithmetic, fuse: Fuse) -> Linear:
+    """lm_head of weight [V, H] in the model's dtype: as it is, or with 8 bits (`quantize_channels`) and int8 inputs.
+
+    Raises InputError for a vocabulary that the kernels cannot have in 8 bits.
+    """
+    if bits == 16:
+        return DenseLinear(weight, None, fuse)
+    vocabulary, hidden = weight.shape
+    parts = [quantize_channels(rows) for rows in weight.split(_HEAD_ROWS)]  # float32 copies of some rows at a time
+    values, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "s1_scales"))
+    if arithmetic == "reference":
+        return ReferenceLinear(IntegerWeight(values, scales, None, None), 8)
+    if vocabulary % _HEAD_STEP:
+        raise InputError(
+            f"lm_head: {vocabulary} tokens; in 8 bits the kernels take a multiple of {_HEAD_STEP}",
+            remedy="leave lm_head at 16 bits",
+        )
+    padded = functional.pad(values, (0, padded_in_features(hidden) - hidden))
+    if wants_tiles(padded):
+        return TiledLinear(tile_int8_weights(padded), scales.half(), None, None, int8=True)
+    return Int8Linear(padded, scales.half())
 
 
 def place_packed(

@@ -83,6 +83,13 @@ def bench(
         str | None,
         typer.Option(metavar="SIZE", help="Of the GPU, for e2e: 73GB, ...  [default: most of what is free]"),
     ] = None,
+    lm_head_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of lm_head in e2e, at every precision: 16, or 8 for int8 with int8 inputs.  [default: 16]",
+        ),
+    ] = None,
     against: Annotated[
         str, typer.Option(metavar="LIST", help="Baselines: fp16, bf16, int8, fp8, w8a8, sdpa; or none.")
     ] = ",".join(AGAINST),
@@ -134,7 +141,7 @@ def bench(
     `--what e2e` serves random weights in MODEL's sizes on qoq's own runtime, at each precision in the same memory: a
     closed set of requests of `--prompt-len` tokens, each answered with `--output-len`, `--batch` of them at a time at
     most. Time runs from the first prompt to the last token. fp16, w8a8 and fp8 of `--against` run on the same runtime.
-    `--precision`, `--requests`, `--memory`, `--output-len` and `--price` belong to e2e.
+    `--precision`, `--requests`, `--memory`, `--lm-head-bits`, `--output-len` and `--price` belong to e2e.
 
     `--what vllm` runs vLLM's own throughput benchmark with qoq's plug-in and, for `--against` fp8 and bf16, with what
     vLLM has; the first configuration once more at the end.
@@ -150,7 +157,9 @@ def bench(
 
         if plot is not None:
             raise InputError("--plot: a projection is not drawn", remedy="leave it out; --json has all figures")
-        _refuse_measuring(context, ("requests", "memory", "repeat", "rest", "seed", "details"), "a projection")
+        _refuse_measuring(
+            context, ("requests", "memory", "lm_head_bits", "repeat", "rest", "seed", "details"), "a projection"
+        )
         run_projection(
             terminal,
             ProjectionPlan.parse(what, batch, prompt_len, output_len, precision, against, price),
@@ -159,14 +168,16 @@ def bench(
         )
         return
     if "vllm" in split("--what", what or "gemm"):
-        _refuse_measuring(context, ("memory", "repeat", "rest", "details", "batch", "plot"), "vLLM's own benchmark")
+        _refuse_measuring(
+            context, ("memory", "lm_head_bits", "repeat", "rest", "details", "batch", "plot"), "vLLM's own benchmark"
+        )
         given = None if _is_default(context, "against") else against
         vllm_plan = (prompt_len, output_len, precision, given, requests, price)
         _run_vllm(terminal, what, vllm_plan, lambda: _shape(terminal, model, trust_remote_code), seed)
         return
     plan = MeasuringPlan(what, batch, prompt_len, against, repeat, rest)
     served: dict[str, Any] = {"--output-len": output_len, "--precision": precision, "--price": price}
-    served |= {"--requests": requests, "--memory": memory}
+    served |= {"--requests": requests, "--memory": memory, "--lm-head-bits": lm_head_bits}
     plan.served = served_plan(plan.parts, batch, prompt_len, against, served)
     if plot is not None:
         from qoq_cli.bench_plot import check_plot
@@ -198,7 +209,7 @@ def _refuse_measuring(context: typer.Context, parameters: Sequence[str], who: st
     for parameter in parameters:
         if not _is_default(context, parameter):
             raise InputError(
-                f"--{parameter}: {who} has none",
+                f"--{parameter.replace('_', '-')}: {who} has none",
                 remedy="leave it out; it is for what qoq times itself on the GPU of this machine",
             )
 

@@ -20,6 +20,7 @@ from qoq.formats.arithmetic import (
     kv_round_trip,
     linear_forward,
     quantize_activation,
+    quantize_channels,
     quantize_kv,
 )
 from qoq.formats.packing import pack_linear
@@ -70,6 +71,23 @@ def test_activations_match_numpy(m: int, k: int, seed: int, dtype: torch.dtype, 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=8))
 def test_any_float32_row_matches_numpy(row: list[float]) -> None:
     assert_activation_matches(torch.tensor([row]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_channels_match_numpy(dtype: torch.dtype) -> None:
+    """Codes of scales that were rounded to float16; channels of zeros, of one value, and too small for a scale."""
+    weight = (torch.randn(9, 37, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    weight[1], weight[2], weight[3] = 0.0, 0.5, 1e-7
+    found = quantize_channels(weight)
+    x = weight.float().numpy()
+    scales = (np.abs(x).max(axis=1) / np.float32(127)).astype(np.float16).astype(np.float32)
+    usable = scales > 0
+    assert usable.sum() == 7
+    codes = np.zeros_like(x)
+    codes[usable] = np.clip(np.rint(x[usable] / scales[usable, None]), -127, 127)
+    assert np.array_equal(found.values.numpy(), codes.astype(np.int8))
+    assert np.array_equal(found.s1_scales.numpy(), np.where(usable, scales, 1.0))
+    assert np.abs(found.dequantize().numpy() - x)[usable].max() <= 0.51 * scales[usable].max()
 
 
 def test_ties_go_to_the_even_code() -> None:

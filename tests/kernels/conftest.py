@@ -122,6 +122,21 @@ class Operators:
         y = y.to(out_dtype)
         return self._finish("w8a8_gemm", y if bias is None else y + bias.to(out_dtype))
 
+    def w8a8_gemm_sm90(
+        self,
+        act_tiles: Tensor,
+        act_scales: Tensor,
+        weight_tiles: Tensor,
+        s1_scales: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        pairs, groups = weight_tiles.shape[:2]
+        pieces = weight_tiles.view(torch.int8).view(pairs, groups, 2, 8, 8, 8, 16).permute(0, 2, 3, 5, 1, 4, 6)
+        weight = pieces.reshape(128 * pairs, -1)[: s1_scales.shape[0]]
+        codes = untile_activations(act_tiles, act_scales.shape[0])
+        return self._finish("w8a8_gemm_sm90", self.w8a8_gemm(codes, act_scales, weight, s1_scales, bias, out_dtype))
+
     def kv_round_trip(self, x: Tensor, bits: int, key_rotation: Any = "none") -> Tensor:
         assert x.is_contiguous()
         turned = arithmetic.rotate_heads(x, key_rotation)
@@ -193,6 +208,7 @@ _NAMES = (
     "rope_append",
     "overlapping_decode_attention",
     "w8a8_gemm",
+    "w8a8_gemm_sm90",
     "w4a8_gemm",
     "w4a8_gemm_int32",
     "w4a8_gemm_sm90",

@@ -96,6 +96,8 @@ def test_bytes_of_a_decode_step() -> None:
     cache = 3 * 1000 * 32 * 2 * 8 * 68
     shape = find_shape("llama-3-8b")
     assert step_bytes(shape, find_precision("w4a8kv4-g128"), 3, 1000) == weights + 2 * 128256 * 4096 + cache
+    small = step_bytes(shape, find_precision("w4a8kv4-g128"), 3, 1000, lm_head_bits=8)
+    assert small == weights + 128256 * 4096 + 2 * 128256 + cache
     tied = find_shape("llama-3.2-1b")
     linears = 16 * (3072 * 2048 + 2048 * 2048 + 16384 * 2048 + 2048 * 8192)
     expected = 2 * (linears + 128256 * 2048) + 16 * 2 * 8 * 2 * 64

@@ -101,6 +101,19 @@ def test_tables_fit_80_columns(qoq: Any, measured: dict[str, Any], monkeypatch: 
     assert "projected" not in outcome.stdout.lower()
 
 
+def test_lm_head_of_8_bits_is_told(qoq: Any, measured: dict[str, Any]) -> None:
+    outcome = qoq("bench", "--what", "e2e", "--lm-head-bits", 8)
+    assert outcome.code == 0, outcome.stderr
+    assert measured["options"].lm_head_bits == 8
+    assert "lm_head has 8 bits, at every precision" in outcome.stdout
+    assert qoq("bench", "--what", "e2e", "--lm-head-bits", 8, "--json").json["e2e"]["lm_head_bits"] == 8
+    assert "lm_head has" not in qoq("bench", "--what", "e2e").stdout
+    refused = qoq("bench", "--what", "e2e", "--lm-head-bits", 4)
+    assert refused.code == 2
+    assert "--lm-head-bits 4: not supported" in refused.stderr
+    assert "--lm-head-bits: a projection has none" in qoq("bench", "--gpu", "l40s", "--lm-head-bits", 8).stderr
+
+
 def test_json_has_all_of_it(qoq: Any, measured: dict[str, Any]) -> None:
     data = qoq("bench", "--what", "e2e", "--json", "--price", 2).json
     assert data["projected"] is False

@@ -156,6 +156,18 @@ def test_random_models_are_those_of_the_reference(gpu: torch.device, precision: 
     check_ties(found, logits_of, 0.25, vocabulary=1024)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 33, 300])
+def test_lm_head_of_8_bits(checkpoint: Path, rows: int) -> None:
+    """Logits of the kernels are those of the reference arithmetic, but for the order of float32 sums in the norm."""
+    options: dict[str, Any] = {"device": "cuda", "max_tokens": 64, "max_batch": 1, "lm_head_bits": 8}
+    models = [RuntimeModel.from_folder(checkpoint, Options(**options, arithmetic=a)) for a in ("kernels", "reference")]
+    width = models[0].config.hidden_size
+    hidden = torch.randn(rows, width, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    with torch.inference_mode():
+        found, expected = (model.decoder.logits(hidden.to(model.dtype)).float() for model in models)
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+
+
 class LongContext:
     """`sequences` of `length` tokens of random queries, keys and values in a layer of Llama-3-8B."""
 

@@ -18,10 +18,11 @@ from qoq.kernels.extend_batch import ExtendBatch, FlashCall
 from qoq.kernels.runtime import kernel_cache, lane_cache, weights
 from qoq.kernels.runtime.attention import DecodeStep, ExtendStep
 from qoq.kernels.runtime.config import runtime_config
+from qoq.kernels.runtime.elementwise import plain
 from qoq.kernels.runtime.engine import Engine
 from qoq.kernels.runtime.graphs import DecodeSteps
 from qoq.kernels.runtime.lane_cache import LaneCache
-from qoq.kernels.runtime.linears import Fp8Linear, Norm
+from qoq.kernels.runtime.linears import DenseLinear, Fp8Linear, Norm
 from qoq.kernels.runtime.model import Options, RuntimeModel
 from qoq.kernels.runtime.random_model import random_weights
 from qoq.kernels.runtime.reference_cache import ReferenceCache
@@ -109,6 +110,32 @@ def test_kernels_and_reference_agree(
     assert not cpu_operators.calls
     assert float(torch.cat(gaps).max()) < TIE
     assert float((torch.cat(gaps) == 0).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_lm_head_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_operators: Any, hopper: bool) -> None:
+    """The kernels' logits are those of the reference, and near those of a 16-bit lm_head, which takes more memory."""
+    folder = write_complete(tmp_path / "model", "llama")
+    monkeypatch.setattr(weights, "wants_tiles", lambda weight: hopper)
+    hidden = torch.randn(7, 128, generator=torch.Generator().manual_seed(0)).half()
+    wide = RuntimeModel.from_folder(folder, Options(**SIXTEEN))
+    reference = RuntimeModel.from_folder(folder, Options(**SIXTEEN, lm_head_bits=8))
+    kernels = RuntimeModel.from_folder(folder, Options(**SIXTEEN, lm_head_bits=8, arithmetic="kernels"))
+    expected, found = reference.decoder.logits(hidden), kernels.decoder.logits(hidden)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    error = (expected - wide.decoder.logits(hidden)).float().norm() / wide.decoder.logits(hidden).float().norm()
+    assert 0 < error < 0.02
+    assert reference.decoder.weights.lm_head.nbytes < 0.6 * wide.decoder.weights.lm_head.nbytes
+    assert len(answers(Engine(kernels))) == len(LENS)
+    assert ("w8a8_gemm_sm90" if hopper else "w8a8_gemm") in cpu_operators.calls
+
+
+def test_lm_head_of_other_widths_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lm_head_bits is 4, expected 8 or 16"):
+        Options(lm_head_bits=4)
+    weight = torch.zeros(33, 128, dtype=torch.float16)
+    with pytest.raises(InputError, match="33 tokens; in 8 bits the kernels take a multiple of 32"):
+        weights.place_head(weight, 8, "kernels", plain)
 
 
 def replaying(engine: Engine) -> Engine:
@@ -270,7 +297,9 @@ def test_random_weights_run(kind: Any) -> None:
     assert len(found.tokens) == 4
     again = random_weights(config, kind, device=torch.device("cpu"), dtype=torch.float16, arithmetic="kernels")
     assert again.nbytes == made.nbytes
-    assert torch.equal(again.lm_head, made.lm_head)
+    assert isinstance(made.lm_head, DenseLinear)
+    assert isinstance(again.lm_head, DenseLinear)
+    assert torch.equal(again.lm_head.weight, made.lm_head.weight)
 
 
 @pytest.mark.parametrize("function", ["of", "of_norm", "of_add_norm", "of_silu_mul"])
