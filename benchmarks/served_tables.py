@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qoq.kernels.projected_bench import project_model
+from qoq.recipes.gpus import find_gpu
+from qoq.recipes.precisions import find_precision
+from qoq.recipes.shapes import find_shape
 
 FOLDER = Path(__file__).parent
 FILES = {"1000 in, 1000 out": "served-1000-1000-h200", "1024 in, 512 out": "served-1024-512-h200"}
@@ -34,6 +39,7 @@ def tables() -> Iterator[tuple[str, str]]:
     layers = first["shape"]["num_layers"]
     for title, alone in (("one sequence", True), ("as many as fit", False)):
         yield title, _steps([step for step in first["e2e"]["steps"] if (step["batch"] == 1) == alone], layers)
+    yield "projected", _projected(measured)
 
 
 def _throughput(results: Sequence[dict[str, Any]]) -> str:
@@ -74,6 +80,23 @@ def _steps(steps: Sequence[dict[str, Any]], layers: int) -> str:
         for step in steps
     ]
     return _markdown(["", "sequences x tokens", "ms", "of the reads alone", *groups], body)
+
+
+def _projected(measured: Mapping[str, dict[str, Any]]) -> str:
+    """What `qoq bench --gpu` says of this GPU for as many sequences, beside what was measured."""
+    body = []
+    for title, data in measured.items():
+        shape, gpu = find_shape(data["shape"]["name"]), find_gpu(data["gpu"]["name"].removeprefix("NVIDIA "))
+        for row in data["e2e"]["results"]:
+            case, precision = row["case"], find_precision(row["precision"])
+            lengths = {"prompt_len": case["prompt_len"], "output_len": case["output_len"]}
+            made = project_model(shape, gpu, precision, **lengths, sequences=row["together"])
+            if made.speed is None:
+                raise ValueError(f"{precision.name} does not fit {gpu.name}")
+            ratio = made.speed.tokens_per_s / row["tokens_per_s"]
+            cells = [f"{row['tokens_per_s']:,.0f}", f"{made.speed.tokens_per_s:,.0f}", f"{100 * (ratio - 1):+.0f} %"]
+            body.append([title, NAMES[precision.name], *cells, f"{100 * made.error:.0f} %"])
+    return _markdown(["", "", "measured", "projected", "difference", "error bar"], body)
 
 
 def _markdown(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
