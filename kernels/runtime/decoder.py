@@ -18,16 +18,28 @@ class Decoder:
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:
         """Hidden states [T, H] before the final norm, of tokens int64 [T]; their keys and values are in the cache."""
+        x, residual = self._blocks(tokens, step)
+        return x if residual is None else x + residual
+
+    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+        """Logits [T, V] of all tokens int64 [T]; the last sum is fused with the final norm."""
+        x, residual = self._blocks(tokens, step)
+        if residual is None:
+            return self.logits(x)
+        return self.weights.lm_head.of_add_norm(x, residual, self.weights.final_norm)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] in the dtype of hidden states [T, H]."""
+        return self.weights.lm_head.of_norm(hidden, self.weights.final_norm)
+
+    def _blocks(self, tokens: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Output and residual of the last block; without blocks, the embedding and None."""
         attend = self.cache.begin(step)
         x = functional.embedding(tokens, self.weights.embedding)
         residual: Tensor | None = None
         for index, block in enumerate(self.weights.blocks):
             x, residual = self._block(index, block, x, residual, attend)
-        return x if residual is None else x + residual
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] in the dtype of hidden states [T, H]."""
-        return self.weights.lm_head.of_norm(hidden, self.weights.final_norm)
+        return x, residual
 
     def _block(
         self, index: int, block: BlockWeights, x: Tensor, residual: Tensor | None, attend: Attend

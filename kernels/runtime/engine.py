@@ -110,8 +110,8 @@ class Engine:
     def _decode(self, batch: int, draws: bool) -> None:
         """A decode step of the first rows: reads and replaces their tokens, all on the device."""
         inputs, decoder = self._inputs, self.model.decoder
-        hidden = decoder.forward(inputs.tokens[:batch], inputs.step(batch))
-        tokens = sample(decoder.logits(hidden), inputs.draws(batch) if draws else None)
+        logits = decoder.decode(inputs.tokens[:batch], inputs.step(batch))
+        tokens = sample(logits, inputs.draws(batch) if draws else None)
         inputs.tokens[:batch] = tokens
 
 

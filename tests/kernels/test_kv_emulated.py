@@ -110,7 +110,7 @@ def test_keys_and_values_that_nobody_wants_are_not_handed_back(
     parts = [part.contiguous() for part in case.parts(case.qkv)]
     pages, query = case.pages.clone(), torch.zeros_like(parts[0])
     kv_cache.run_rope_append(
-        *parts, case.cos, case.sin, case.positions, pages, case.slots, case.bits, (query, None, None)
+        *parts, case.cos, case.sin, case.positions, pages, case.slots, case.bits, (query, None, None), settled=True
     )
     assert_same("query", query, expected)
     assert_same_pages(pages, expected_pages, 128, 4)
