@@ -54,7 +54,28 @@ TABLES = {
         )
         for prompt_len, output_len in ((1000, 1000), (1024, 512))
     },
-    "vllm": Table("vllm", "qoq bench --what vllm --prompt-len 1000,1024 --output-len 1000,512 --json"),
+    # One start of vLLM each, which takes minutes. The first comes once more at the end: a GPU gets warm.
+    **{
+        f"vllm-{name}-{prompt_len}": Table(
+            f"vllm-{name}-{prompt_len}-{output_len}",
+            f"qoq bench --what vllm --prompt-len {prompt_len} --output-len {output_len} --memory 73GB {options} --json",
+        )
+        for prompt_len, output_len in ((1000, 1000), (1024, 512))
+        for name, options in {
+            "w4a8kv4": "--precision w4a8kv4-g128 --against none",
+            "fp8": "--precision none --against fp8",
+            "bf16": "--precision none --against bf16",
+            "int4kv": "--precision none --against w4a8-int4kv",
+            "w4a8kv4-again": "--precision w4a8kv4-g128 --against none",
+        }.items()
+    },
+    **{
+        f"vllm-latency-{name}": Table(
+            f"vllm-latency-{name}",
+            f"python benchmarks/vllm_latency.py --configuration {configuration} --memory 73GB --out {{out}}",
+        )
+        for name, configuration in {"w4a8kv4": "w4a8kv4-g128", "fp8": "fp8", "bf16": "bf16"}.items()
+    },
     "served-batches": Table(
         "served-batches",
         "qoq bench --what e2e --batch 1,8,32,128,512 --memory 73GB --precision w4a8kv4-g128 --against fp16,fp8 --json",

@@ -81,7 +81,7 @@ def bench(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Of the GPU, for e2e: 73GB, ...  [default: most of what is free]"),
+        typer.Option(metavar="SIZE", help="Of the GPU, for e2e and vllm: 73GB, ...  [default: most of it]"),
     ] = None,
     lm_head_bits: Annotated[
         int | None,
@@ -141,13 +141,16 @@ def bench(
     `--what e2e` serves random weights in MODEL's sizes on qoq's own runtime, at each precision in the same memory: a
     closed set of requests of `--prompt-len` tokens, each answered with `--output-len`, `--batch` of them at a time at
     most. Time runs from the first prompt to the last token. fp16, w8a8 and fp8 of `--against` run on the same runtime.
-    `--precision`, `--requests`, `--memory`, `--lm-head-bits`, `--output-len` and `--price` belong to e2e.
+    `--precision`, `--requests`, `--memory`, `--lm-head-bits`, `--output-len` and `--price` belong to e2e, all
+    but `--lm-head-bits` to vllm too.
 
-    `--what vllm` runs vLLM's own throughput benchmark with qoq's plug-in and, for `--against` fp8 and bf16, with what
-    vLLM has; the first configuration once more at the end.
+    `--what vllm` runs vLLM's own throughput benchmark with qoq's plug-in (`--precision` w4a8kv4-g128, w4a8kv4-chn) and
+    with what vLLM has (`--against` fp8, bf16, and w4a8-int4kv, its own 4 bits), each in the same `--memory`. `none` for
+    one of the two leaves it out; where several are left, the first runs once more at the end.
 
     Examples: `qoq bench`; `qoq bench llama-2-7b --what gemm --batch 1,16,64 --against fp16`;
     `qoq bench --what attention --batch 32 --prompt-len 2048 --json`; `qoq bench --what e2e --memory 73GB`;
+    `qoq bench --what vllm --precision none --against fp8 --memory 73GB`;
     `qoq bench llama-3-70b --gpu l40s --price 1.2`.
     """
     terminal = Terminal(as_json, quiet)
@@ -169,10 +172,10 @@ def bench(
         return
     if "vllm" in split("--what", what or "gemm"):
         _refuse_measuring(
-            context, ("memory", "lm_head_bits", "repeat", "rest", "details", "batch", "plot"), "vLLM's own benchmark"
+            context, ("lm_head_bits", "repeat", "rest", "details", "batch", "plot"), "vLLM's own benchmark"
         )
         given = None if _is_default(context, "against") else against
-        vllm_plan = (prompt_len, output_len, precision, given, requests, price)
+        vllm_plan = (prompt_len, output_len, precision, given, requests, memory, price)
         _run_vllm(terminal, what, vllm_plan, lambda: _shape(terminal, model, trust_remote_code), seed)
         return
     plan = MeasuringPlan(what, batch, prompt_len, against, repeat, rest)

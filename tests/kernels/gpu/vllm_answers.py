@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_COLOR": "0",
     "HF_HUB_OFFLINE": "1",
     "PYTHONFAULTHANDLER": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # several processes share the cores
 }
 
 
@@ -52,7 +53,7 @@ class Result:
 
 
 def ask(job: Job, folder: Path, environment: Mapping[str, str], timeout: float) -> Result:
-    """Have `job` done by a new process, with files in `folder`. Raises RuntimeError, with the log's end, if it fails."""
+    """Have `job` done by a new process, with files in `folder`. Raises RuntimeError, with the end of its log."""
     folder.mkdir(parents=True)
     asked, told, log = folder / "job.json", folder / "result.json", folder / "log"
     asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
