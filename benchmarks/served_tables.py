@@ -58,7 +58,7 @@ def _throughput(results: Sequence[dict[str, Any]]) -> str:
     ]
     heads = [
         "",
-        "sequences at once",
+        "fit with all tokens",
         "tokens/s",
         "ours is faster by",
         "ms a token, p50 / p99",

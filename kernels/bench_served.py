@@ -159,9 +159,9 @@ def _attempt(work: Callable[[], None], label: str, report: ServedReport, options
 
 
 def together_of(engine: Engine, case: ServedCase) -> int:
-    """Sequences that fit into the cache with all of their tokens, up to the case's batch."""
-    pool = engine.model.pool
-    return min(case.batch, pool.num_pages // pool.pages_for(case.longest))
+    """Sequences that fit into the cache with all of their tokens, up to the case's batch and the model's."""
+    model, pool = engine.model, engine.model.pool
+    return min(case.batch, model.max_batch, pool.num_pages // pool.pages_for(case.longest))
 
 
 def run_case(

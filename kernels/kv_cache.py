@@ -46,15 +46,14 @@ from qoq.kernels.launch import load_kernel, may_overlap
 from qoq.kernels.layouts import HEAD_DIMS, KV_BITS, PAGE_SIZE
 
 _THREADS = 128
-MANY_TOKENS = 256
-"""From so many tokens on, a warp of `append_kv` does _ROUNDS heads in turn, with more bytes asked for at once."""
-_ROUNDS = 4
+MANY_TOKENS, _ROUNDS = 256, 4
+"""From so many tokens on, a warp that appends has so many rounds of heads, all of which it asks for at once."""
 
 
 def append_spec(
     head_dim: int, bits: int, dtype: torch.dtype, *, rope: bool, rounds: int = 1, key_rotation: str = "none"
 ) -> KernelSpec:
-    """The kernel of `append_kv`, or of `rope_append_kv`; rounds: of heads that a warp does in turn."""
+    """The kernel of `append_kv`, or with `rope` of the other two; rounds: of heads that a warp does in turn."""
     defines = {
         "HEAD_DIM": head_dim,
         "BITS": bits,

@@ -1,7 +1,7 @@
 """The paged KV cache of a model, and attention over it: what differs between the kernels and the reference arithmetic.
 
     kernel_cache     4 or 8 bits on the CUDA kernels
-    lane_cache       16 bits by PyTorch's flash attention
+    lane_cache       16 bits by PyTorch's attention
     reference_cache  4, 8 or 16 bits by the reference arithmetic on any device, in pages of the same layout
 
 A step comes in one of two forms. DecodeStep: a row a sequence, each with one new token; all of it is on the device, so

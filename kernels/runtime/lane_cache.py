@@ -6,7 +6,8 @@ sequences are few. Here a sequence's keys lie together, and a decode step is cut
 to a sequence of its own, merged by log-sum-exp.
 
 PyTorch's flash attention computes 128 rows for each KV head of a sequence, however few there are. Where a step has most
-of the lanes, scaled_dot_product_attention by cuDNN reads all of them, masked, in three quarters of the time.
+of the lanes, scaled_dot_product_attention by cuDNN reads all of them, masked, in three quarters of the time: for
+measurements (`masked`), because an infinity that a sequence left in a lane would reach the next one through the mask.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from qoq.kernels.upload import Upload
 
 _MOST_LANES = 0.75
 """Of the lanes must be in a step that reads all of them."""
-_MASKED_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 _Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """attention(query, keys and values of all lanes)."""
 
@@ -48,8 +48,10 @@ class LaneCache(KVCache):
         device: torch.device,
         dtype: torch.dtype,
         fuse: Fuse = plain,
+        *,
+        masked: bool = False,
     ) -> None:
-        self.page_size, self._lanes = page_size, num_pages
+        self.page_size, self._lanes, self._masked = page_size, num_pages, masked
         self.idle_slot = num_pages * page_size
         self._config, self._turn = config, fuse(apply_rope)
         size = (config.num_layers, 2, num_pages * page_size + PAGE_SIZE, config.num_kv_heads, config.head_dim)
@@ -78,7 +80,7 @@ class LaneCache(KVCache):
         else:
             blocks = starts.shape[0] * self._config.num_kv_heads
             parts = max(1, min(BUSY_BLOCKS // blocks, self.page_size // PART_KEYS))
-            if parts == 1 and starts.shape[0] >= _MOST_LANES * self._lanes:
+            if self._masked and parts == 1 and starts.shape[0] >= _MOST_LANES * self._lanes:
                 return self._masked_attention(step)
             call = _packed_call(step.kv_lens, starts, self._config, parts, self.page_size)
         return lambda query, keys, values: _attend(query, keys, values, call, scale, window)
@@ -99,7 +101,7 @@ class LaneCache(KVCache):
         def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             of_lanes = query.index_select(0, row_of_lane[:lanes]).unsqueeze(2)
             key, value = (part[: lanes * length].view(lanes, length, *part.shape[1:]) for part in (keys, values))
-            with sdpa_kernel(_MASKED_BACKENDS, set_priority=True):
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION if query.is_cuda else SDPBackend.MATH]):
                 found = scaled_dot_product_attention(
                     of_lanes, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scale, enable_gqa=True
                 )

@@ -32,6 +32,8 @@ from qoq.recipes.shapes import ModelShape
 
 _CPU_CACHE = 2 << 30
 """Bytes of KV cache on the CPU, at most, where nobody says."""
+_LIKED_SHARE = 0.95
+"""Of the sequences that there are pages for, which a size that products like must have."""
 _GPU_SHARE = 0.9
 """Of the memory of a GPU that nobody else has."""
 
@@ -52,7 +54,8 @@ class Options:
     num_pages      of the cache, at most, instead of what max_batch needs
     graphs         decode steps are CUDA graphs where there is a GPU
     prefill_first  no decode step while there is something to prefill: more tokens a second, at longer pauses
-    compiled       what surrounds 16-bit and float8 products is compiled by torch.compile (`elementwise`)
+    compiled       for measurements: what surrounds 16-bit and float8 products is compiled by torch.compile
+                   (`elementwise`), and a 16-bit cache may be attended to whole (`lane_cache`)
     """
 
     device: str = "cpu"
@@ -83,7 +86,8 @@ class Options:
 class RuntimeModel:
     """Weights, cache and its pages; `memory` says what takes how many bytes, `longest` what a sequence may have.
 
-    max_batch   sequences at a time: what the options say, or the largest decode batch that has a page for each
+    max_batch   sequences at a time: what the options say, or as many as there are pages, of which each has one; a few
+                less where that makes a size of `decode_batches`, which products like
     """
 
     def __init__(self, config: RuntimeConfig, weights: ModelWeights, options: Options) -> None:
@@ -95,7 +99,7 @@ class RuntimeModel:
         kind = _cache_kind(config, options)
         page_size = PAGE_SIZE if kind is not LaneCache else -(-self.longest // PAGE_SIZE) * PAGE_SIZE
         self.memory = self._plan_memory(weights, page_nbytes(config, page_size, self.dtype), page_size)
-        self.max_batch = max(size for size in decode_batches(options.max_batch) if size <= self.memory.num_pages)
+        self.max_batch = _batch_of(options.max_batch, self.memory.num_pages)
         cache = self._make_cache(kind, page_size)
         self.pool = PagePool(self.memory.num_pages, page_size)
         self.decoder = Decoder(config, weights, cache)
@@ -181,7 +185,15 @@ class RuntimeModel:
         if kind is KernelCache:
             return KernelCache(self.config, pages, self.device)
         if kind is LaneCache:
-            return LaneCache(self.config, pages, page_size, self.device, self.dtype, _fuse(self.options))
+            return LaneCache(
+                self.config,
+                pages,
+                page_size,
+                self.device,
+                self.dtype,
+                _fuse(self.options),
+                masked=self.options.compiled,
+            )
         return ReferenceCache(self.config, pages, self.device, self.dtype)
 
 
@@ -197,6 +209,12 @@ def resolve_arithmetic(options: Options) -> Arithmetic:
     if problem is not None:
         raise EnvironmentProblem(f"the kernels cannot run: {problem}", remedy="`qoq doctor` says what is missing")
     return "kernels"
+
+
+def _batch_of(most: int, pages: int) -> int:
+    """Sequences at a time, of `most` at the most and with a page for each."""
+    liked = max(size for size in decode_batches(most) if size <= pages)
+    return liked if liked >= _LIKED_SHARE * pages else min(most, pages)
 
 
 def _fuse(options: Options) -> Fuse:

@@ -1,7 +1,7 @@
 """The tensors of a model for the runtime: q, k and v as one linear, gate and up as one.
 
 Each block is fused, checked and brought to the order of its kernels before the next one is read, so that memory holds
-the model and one block's linear twice.
+the model and one block's linear twice; or lm_head, on its way to 8 bits, three times in 8 bits beside the 16.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qoq.formats.arithmetic import IntegerWeight, quantize_channels
 from qoq.formats.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from qoq.formats.packing import padded_in_features, unpack_linear
 from qoq.formats.sources import TensorSource, open_folder
+from qoq.kernels.act_quant import MAX_NORM_K
 from qoq.kernels.modules import IN_FEATURES_STEP, wants_tiles
 from qoq.kernels.runtime.config import RuntimeConfig
 from qoq.kernels.runtime.elementwise import Fuse, plain
@@ -38,7 +39,10 @@ from qoq.recipes.schema import ZeroDomain
 
 Arithmetic = Literal["kernels", "reference"]
 """What computes: CUDA kernels, or the reference on any device."""
-_HEAD_STEP, _HEAD_ROWS = 32, 8192
+_HEAD_STEP, _HIDDEN_STEP = 32, 8
+"""That outputs and inputs of an 8-bit lm_head are multiples of: its product's and its quantizer's."""
+_ROWS_AT_ONCE = 8192
+"""Of lm_head, which are copied to float32 on their way to 8 bits."""
 _ALONG_CHANNELS = {"qweight": 0, "s1_scales": 0, "s1_szeros": 0, "bias": 0, "s2_scales": 1, "s2_zeros": 1}
 """The axis of each packed tensor along which linears are put side by side: N, in whole stripes of 32 channels."""
 
@@ -116,16 +120,19 @@ def place_head(weight: Tensor, bits: int, arithmetic: Arithmetic, fuse: Fuse) ->
     if bits == 16:
         return DenseLinear(weight, None, fuse)
     vocabulary, hidden = weight.shape
-    parts = [quantize_channels(rows) for rows in weight.split(_HEAD_ROWS)]  # float32 copies of some rows at a time
-    values, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "s1_scales"))
+    parts = [quantize_channels(rows) for rows in weight.split(_ROWS_AT_ONCE)]
+    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.s1_scales for part in parts])
+    del parts
     if arithmetic == "reference":
         return ReferenceLinear(IntegerWeight(values, scales, None, None), 8)
-    if vocabulary % _HEAD_STEP:
+    if vocabulary % _HEAD_STEP or hidden % _HIDDEN_STEP or hidden > MAX_NORM_K:
         raise InputError(
-            f"lm_head: {vocabulary} tokens; in 8 bits the kernels take a multiple of {_HEAD_STEP}",
+            f"lm_head: {vocabulary} tokens of {hidden} values; in 8 bits the kernels take multiples of {_HEAD_STEP} "
+            f"and {_HIDDEN_STEP}, and up to {MAX_NORM_K} values",
             remedy="leave lm_head at 16 bits",
         )
     padded = functional.pad(values, (0, padded_in_features(hidden) - hidden))
+    del values
     if wants_tiles(padded):
         return TiledLinear(tile_int8_weights(padded), scales.half(), None, None, int8=True)
     return Int8Linear(padded, scales.half())

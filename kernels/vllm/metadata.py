@@ -20,7 +20,7 @@ from qoq.kernels.attention import run_decode
 from qoq.kernels.extend_batch import ExtendBatch, prepare_extend
 from qoq.kernels.kv_cache import MANY_TOKENS
 from qoq.kernels.layouts import PAGE_SIZE, page_bytes
-from qoq.kernels.vllm.interface import attention_of, host_lens
+from qoq.kernels.vllm.interface import attention_of, host_lens, logger
 from qoq.recipes.errors import InputError
 
 
@@ -93,8 +93,13 @@ class QoQMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         table, lens = batch.block_table_tensor, batch.seq_lens
         decode = DecodeRows(rows, table[:rows], lens[:rows]) if rows else None
         new_lens, kv_lens = host_lens(batch, sequences)
-        # Longer than the page table: only vLLM's warm-up, which shares the tokens of a step between few sequences.
-        if not new_lens or max(kv_lens) > table.shape[1] * PAGE_SIZE:
+        if not new_lens:
+            return QoQMetadata(decode, None)
+        if max(kv_lens) > table.shape[1] * PAGE_SIZE:
+            # No request is so long; vLLM's warm-up is, which shares the tokens of a step between few sequences.
+            logger.warning_once(
+                "qoq: a step with sequences longer than max_model_len is taken for vLLM's warm-up: no attention"
+            )
             return QoQMetadata(decode, None)
         batches = {
             window: prepare_extend(
@@ -123,7 +128,7 @@ def _load_kernels(layer: Any, dtype: torch.dtype, device: torch.device) -> None:
     page = torch.zeros(1, dtype=torch.int32, device=device)
     for tokens in (1, MANY_TOKENS):  # one is written, many have kernels of their own and go nowhere
         keys, places = key.expand(tokens, -1, -1).contiguous(), slots.expand(tokens).contiguous()
-        torch.ops.qoq.append_kv(keys, keys, pages, places - (tokens > 1), layer.bits, layer.key_rotation)
+        torch.ops.qoq.append_kv(keys, keys, pages, places - int(tokens > 1), layer.bits, layer.key_rotation)
     torch.ops.qoq.gather_kv(pages, page, layer.head_size, layer.bits, dtype)
     if layer.key_rotation != "none":
         torch.ops.qoq.rotate_heads(query)

@@ -50,6 +50,19 @@ def test_without_a_number_of_requests_those_that_fit_together_come() -> None:
     assert (result.requests, result.together, result.preemptions) == (3, 3, 0)
 
 
+def test_a_batch_of_a_page_each_has_no_row_too_few() -> None:
+    """Three sequences in three pages run together: as many steps as an answer has, each of three rows."""
+    case = ServedCase(prompt_len=20, output_len=20, batch=8)
+    precision = find_precision("w4a8kv4-g128")
+    memory = bench_served(SHAPE, [precision], [case], options=OPTIONS).results[0].memory
+    small = Options(device="cpu", chunk_tokens=64, memory_bytes=memory.budget - memory.pages + 3 * memory.page)
+    (result,) = bench_served(
+        SHAPE, [precision], [case], options=Options(**{**vars(small), "prefill_first": True})
+    ).results
+    assert (result.memory.num_pages, result.together, result.requests) == (3, 3, 3)
+    assert (result.decode_steps, result.decode_rows) == (19, 57)
+
+
 def test_what_does_not_fit_is_told_and_the_rest_goes_on() -> None:
     precisions, case = [find_precision("fp16"), find_precision("w4a8kv4-g128")], ServedCase(16, 2, batch=2)
     plans = [result.memory for result in bench_served(SHAPE, precisions, [case], options=OPTIONS).results]

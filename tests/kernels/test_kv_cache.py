@@ -355,6 +355,8 @@ def test_fake_tensors_have_the_shapes_of_results(dtype: torch.dtype, tokens: int
         results = torch.ops.qoq.rope_append_kv(query, key, value, table, table, positions, pages, slots, 4, *rotation)
         for found, given in zip(results, (query, key, value), strict=True):
             assert (found.dtype, found.shape, found.is_contiguous()) == (dtype, given.shape, True)
+        turned = torch.ops.qoq.rope_append(query, key, value, table, table, positions, pages, slots, 4, *rotation)
+        assert (turned.dtype, turned.shape, turned.is_contiguous()) == (dtype, query.shape, True)
         assert torch.ops.qoq.kv_round_trip(key.contiguous(), 4, *rotation).shape == key.shape
     rotated = torch.ops.qoq.rotate_heads(query.contiguous())
     assert (rotated.dtype, rotated.shape) == (dtype, query.shape)

@@ -1,8 +1,8 @@
 // Programmatic dependent launch (PTX ISA, "griddepcontrol"): a kernel launched with that attribute may start before the
 // one before has ended. Both functions do nothing where it was launched without, and on devices before Hopper.
 //
-// A kernel waits before it reads what a kernel may have written and before it writes anything, in all its blocks: that
-// the one before has ended then means that all earlier ones have, too.
+// A kernel waits before it reads what a kernel may have written and before it writes anything. Blocks that do neither
+// may end without, but one waits at least: that the one before has ended then means that all earlier ones have, too.
 #pragma once
 #include "common/types.cuh"
 

@@ -106,7 +106,8 @@ struct Scale {
 };
 
 // Codes of TURNS rows on their way to tiles, of which 16 bytes of a row are next to those of the next row: a piece of
-// 16 * TURNS bytes for every 16 columns. (Writing 16 bytes at a time, less than a sector, took 2.4 times as long.)
+// 16 * TURNS bytes for every 16 columns. (Of many rows, writing 16 bytes at a time, less than a sector, took 2.4 times
+// as long; of some hundreds, having more blocks counts for more.)
 constexpr bool kStages = TURNS > 1;
 
 // Where in it; neighbouring pieces begin with different rows, so that the lanes of a warp meet different banks.

@@ -3,8 +3,8 @@
 // are then rotated by a Hadamard matrix, before keys are quantized.
 //
 // HEAD_DIM / 8 lanes share a head of a token: a query, a key or a value, in this order. A warp has the heads that its
-// lanes have room for, ROUNDS times, of one token. No byte of a page belongs to two tokens (common/kv_page.cuh), so bytes
-// are written without reading, by many tokens at once.
+// lanes have room for, ROUNDS times, of one token. No byte of a page belongs to two tokens (common/kv_page.cuh), so
+// bytes are written without reading, by many tokens at once.
 //
 // HEAD_DIM  64, 128          IN_FORMAT  0 float16, 1 bfloat16
 // BITS      4, 8             ROPE       1: apply it, and write query_out, key_out, value_out; 0: keys have had it

@@ -2,7 +2,7 @@
 // - a warp's ring is filled by bulk copies, one a sub-block, which cost a lane one instruction;
 // - one launch: what a segment has in several blocks is joined by the block where it ends;
 // - it lets the next kernel start, and itself starts on what cannot change any more while the last one ends;
-// - of a short list some blocks have nothing, and end: to join the parts of a segment takes longer than some more units.
+// - of a short list some blocks have nothing, and end: joining parts of a segment takes longer than some more units.
 #include "common/global_memory.cuh"
 #include "sm80/decode_block.cuh"
 #include "sm90/async.cuh"
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     Work work{kv_lens, sequences, max_pages * kPageTokens, window, heads.groups(), nullptr};
     const int total = work.build(shared.starts, shared.warp_totals);
     const int blocks = min(static_cast<int>(gridDim.x), max(1, total / kLeastUnits)), block = blockIdx.x;
-    if (block >= blocks) return;
+    if (block >= blocks) return;  // the first never does, and waits
     const Run of_block = Run{0, total}.part(blocks, block), of_warp = of_block.part(WARPS, warp);
 
     Places places{work, page_table, max_pages, num_pages, heads, of_warp};

@@ -196,6 +196,39 @@ def test_graphs_replay_with_changed_contents(gpu: torch.device) -> None:
             assert_same("gathered", found, wanted)
 
 
+@pytest.mark.parametrize("tokens", [1, 37, 300])
+def test_settled_positions_may_be_read_early(gpu: torch.device, tokens: int) -> None:
+    """As in a decode step, in a graph that is replayed with other places: copies, an ordinary kernel, two of ours that
+    overlap, of which the second writes the queries, keys and values."""
+    first, second = (Case(tokens, 8, 2, 128, 4, torch.float16) for _ in range(2))
+    second.qkv, second.slots, second.positions = second.qkv.flip(0), second.slots.flip(0), second.positions.flip(0)
+    qkv, given, pages = first.qkv.to(gpu), first.qkv.to(gpu), first.pages.to(gpu)
+    slots, positions, cos, sin = (x.to(gpu) for x in (first.slots, first.positions, first.cos, first.sin))
+
+    def step() -> Tensor:
+        qkv.copy_(given)
+        torch.ops.qoq.quantize_activation(qkv.view(tokens, -1))
+        turned: Tensor = torch.ops.qoq.rope_append(
+            *first.parts(qkv), cos, sin, positions, pages, slots, 4, "none", True
+        )
+        return turned
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        turned = step()
+    for case in (second, first, second):
+        given.copy_(case.qkv)
+        slots.copy_(case.slots)
+        positions.copy_(case.positions)
+        pages.copy_(case.pages)
+        graph.replay()
+        query, *_, expected_pages = case.expected()
+        assert_same("query", turned, query)
+        assert_same_pages(pages, expected_pages, 128, 4)
+
+
 def test_the_operators_compile(gpu: torch.device) -> None:
     case = Case(20, 4, 2, 64, 4, torch.float16)
 

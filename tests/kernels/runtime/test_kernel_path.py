@@ -130,12 +130,33 @@ def test_lm_head_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_
     assert ("w8a8_gemm_sm90" if hopper else "w8a8_gemm") in cpu_operators.calls
 
 
-def test_lm_head_of_other_widths_is_refused(tmp_path: Path) -> None:
+def test_lm_head_of_other_widths_is_refused() -> None:
     with pytest.raises(InputError, match="lm_head_bits is 4, expected 8 or 16"):
         Options(lm_head_bits=4)
     weight = torch.zeros(33, 128, dtype=torch.float16)
-    with pytest.raises(InputError, match="33 tokens; in 8 bits the kernels take a multiple of 32"):
+    with pytest.raises(InputError, match="33 tokens of 128 values; in 8 bits the kernels take multiples of 32 and 8"):
         weights.place_head(weight, 8, "kernels", plain)
+    with pytest.raises(InputError, match="64 tokens of 132 values"):
+        weights.place_head(weight.new_zeros(64, 132), 8, "kernels", plain)
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.usefixtures("cpu_operators")
+def test_lm_head_of_8_bits_is_padded(monkeypatch: pytest.MonkeyPatch, hopper: bool) -> None:
+    """192 inputs, which the kernels see as 256."""
+    monkeypatch.setattr(weights, "wants_tiles", lambda weight: hopper)
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 192, generator=random).half(), torch.randn(5, 192, generator=random).half()
+    kernels, reference = (weights.place_head(weight, 8, which, plain) for which in ("kernels", "reference"))
+    torch.testing.assert_close(kernels.of(x), reference.of(x), rtol=1e-3, atol=1e-3)
+
+
+def test_lm_head_of_8_bits_is_counted_beside_a_tied_embedding(tmp_path: Path) -> None:
+    folder = write_complete(tmp_path / "model", "llama3 rope, tied")
+    wide, small = (
+        RuntimeModel.from_folder(folder, Options(**SIXTEEN, lm_head_bits=bits)).decoder.weights for bits in (16, 8)
+    )
+    assert small.nbytes - wide.nbytes == small.lm_head.nbytes > 0
 
 
 def replaying(engine: Engine) -> Engine:
@@ -238,15 +259,15 @@ def test_lanes_of_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
     assert answers(lanes) == answers(engine(folder, kv_bits=16))
 
 
-@pytest.mark.parametrize("parts", [1, 3, 8])
-def test_parts_of_a_lane_are_merged(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """Lengths down to fewer tokens than parts, and a row that runs nothing."""
+@pytest.mark.parametrize(("parts", "masked"), [(1, False), (1, True), (3, False), (8, False)])
+def test_parts_of_a_lane_are_merged(monkeypatch: pytest.MonkeyPatch, parts: int, masked: bool) -> None:
+    """Lengths down to fewer tokens than parts, and a row that runs nothing, whose lane another has by now."""
     monkeypatch.setattr(extend, "_flash", flash)
     monkeypatch.setattr(lane_cache, "BUSY_BLOCKS", parts * 6)
     monkeypatch.setattr(lane_cache, "PART_KEYS", 1)
     config = runtime_config(MODELS["qwen3"][0](), where="qwen3")
     random, lens, pages = torch.Generator().manual_seed(0), [130, 1, 2, 70, 33], 3
-    lanes = LaneCache(config, 6, 192, torch.device("cpu"), torch.float32)
+    lanes = LaneCache(config, 6, 192, torch.device("cpu"), torch.float32, masked=masked)
     reference = ReferenceCache(config, 6 * pages, torch.device("cpu"), torch.float32)
 
     def heads(tokens: int) -> list[Tensor]:
@@ -277,7 +298,7 @@ def test_parts_of_a_lane_are_merged(monkeypatch: pytest.MonkeyPatch, parts: int)
         found: Tensor = cache.begin(step)(1, *qkv)
         return found
 
-    lane_tables = [[5], [0], [3], [1], [2], [4]]
+    lane_tables = [[5], [0], [3], [1], [2], [5]]
     page_tables = [[pages * lane[0] + place for place in range(pages)] for lane in lane_tables]
     first = heads(sum(lens))
     for new, qkv, idle in ((lens, first, False), ([1] * len(lens), heads(len(lens) + 1), True)):
