@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown_table
+
 from qoq.kernels.bench import gemm_bytes
 from qoq.kernels.roofline import Roofline
 
@@ -73,7 +75,7 @@ def _layer_table(data: dict[str, Any]) -> str:
         [str(m), *(f"{layer[m, variant]:.1f}" if (m, variant) in layer else "-" for variant in LAYER_COLUMNS)]
         for m in sorted({m for m, _ in layer})
     ]
-    return _markdown(["M", *LAYER_COLUMNS.values()], body)
+    return markdown_table(["M", *LAYER_COLUMNS.values()], body)
 
 
 def _product_table(data: dict[str, Any]) -> str:
@@ -86,7 +88,7 @@ def _product_table(data: dict[str, Any]) -> str:
             for row in (found[gemm, m] for m in ROWS_OF_PRODUCTS)
         ]
         body.append([f"{gemm} {first['n']} x {first['k']}", *cells])
-    return _markdown(["product", f"M = {ROWS_OF_PRODUCTS[0]}", *map(str, ROWS_OF_PRODUCTS[1:])], body)
+    return markdown_table(["product", f"M = {ROWS_OF_PRODUCTS[0]}", *map(str, ROWS_OF_PRODUCTS[1:])], body)
 
 
 def _times(layer: dict[str, Any]) -> dict[tuple[int, str, str], float]:
@@ -102,7 +104,7 @@ def _launch_table(data: dict[str, Any]) -> str:
             orders = [times[m, "layer in order", launch] for launch in LAUNCHES]
             body.append([layer["weights"].replace("_", " "), str(m), *(f"{us:.1f}" for us in (*sums, *orders))])
     columns = [f"{what}, {launch}" for what in ("sum", "in order") for launch in LAUNCHES.values()]
-    return _markdown(["weights", "M", *columns], body)
+    return markdown_table(["weights", "M", *columns], body)
 
 
 def _model_table(layers: Sequence[dict[str, Any]]) -> str:
@@ -121,7 +123,7 @@ def _model_table(layers: Sequence[dict[str, Any]]) -> str:
             )
             cells.append(f"{us:.1f} ({100 * floor / us:.0f})")
         body.append([layer["model"], *cells])
-    return _markdown(["model", f"M = {rows[0]}", *map(str, rows[1:])], body)
+    return markdown_table(["model", f"M = {rows[0]}", *map(str, rows[1:])], body)
 
 
 def _attention_table(data: dict[str, Any]) -> str:
@@ -138,7 +140,7 @@ def _attention_table(data: dict[str, Any]) -> str:
         ]
         for batch, length in cases
     ]
-    return _markdown(["sequences x tokens", *variants.values()], body)
+    return markdown_table(["sequences x tokens", *variants.values()], body)
 
 
 def _chain_table(data: dict[str, Any]) -> str:
@@ -149,7 +151,7 @@ def _chain_table(data: dict[str, Any]) -> str:
         cells = [f"{row[way]:.2f}" for way in ("overlapping_us", "apart_us") for row in rows]
         body.append([_called(operation, k), *cells])
     columns = [f"{way}, M = {m}" for way in ("overlapping", "apart") for m in SMALL_ROWS]
-    return _markdown(["kernel", *columns], body)
+    return markdown_table(["kernel", *columns], body)
 
 
 def _bandwidth_table(data: dict[str, Any]) -> str:
@@ -162,17 +164,11 @@ def _bandwidth_table(data: dict[str, Any]) -> str:
             cells += [f"{row['megabytes']:.0f}", f"{row['us']:.1f}", f"{row['percent_of_copy']:.0f}"]
         body.append([_called(operation, k), *cells])
     columns = [f"{what}, M = {m}" for m in LARGE_CALLS for what in ("MB", "µs", "% of a copy")]
-    return _markdown(["kernel", *columns], body)
+    return markdown_table(["kernel", *columns], body)
 
 
 def _called(operation: str, k: int) -> str:
     return f"`{operation}`" + (f" {k}" if k else "")
-
-
-def _markdown(columns: Sequence[str], body: Rows) -> str:
-    return "\n".join(
-        [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in body)]
-    )
 
 
 def draw_roofline(path: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown_table
+
 from qoq.kernels.projected_bench import project_model
 from qoq.recipes.gpus import find_gpu
 from qoq.recipes.precisions import find_precision
@@ -64,7 +66,7 @@ def _throughput(results: Sequence[dict[str, Any]]) -> str:
         "ms a token, p50 / p99",
         "s to the first, p50 / p99",
     ]
-    return _markdown([*heads, "mJ a token"], body)
+    return markdown_table([*heads, "mJ a token"], body)
 
 
 def _steps(steps: Sequence[dict[str, Any]], layers: int) -> str:
@@ -79,7 +81,7 @@ def _steps(steps: Sequence[dict[str, Any]], layers: int) -> str:
         ]
         for step in steps
     ]
-    return _markdown(["", "sequences x tokens", "ms", "of the reads alone", *groups], body)
+    return markdown_table(["", "sequences x tokens", "ms", "of the reads alone", *groups], body)
 
 
 def _projected(measured: Mapping[str, dict[str, Any]]) -> str:
@@ -96,13 +98,7 @@ def _projected(measured: Mapping[str, dict[str, Any]]) -> str:
             ratio = made.speed.tokens_per_s / row["tokens_per_s"]
             cells = [f"{row['tokens_per_s']:,.0f}", f"{made.speed.tokens_per_s:,.0f}", f"{100 * (ratio - 1):+.0f} %"]
             body.append([title, NAMES[precision.name], *cells, f"{100 * made.error:.0f} %"])
-    return _markdown(["", "", "measured", "projected", "difference", "error bar"], body)
-
-
-def _markdown(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in body)]
-    )
+    return markdown_table(["", "", "measured", "projected", "difference", "error bar"], body)
 
 
 if __name__ == "__main__":

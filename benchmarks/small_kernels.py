@@ -70,9 +70,11 @@ class Operands:
         positions = torch.arange(m, dtype=torch.int32, device="cuda")
         size = page_bytes(HEAD_DIM, BITS)
         pages = torch.zeros(-(-m // PAGE_SIZE), KV_HEADS, size, dtype=torch.uint8, device="cuda")
-        outputs = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts)
-        call = partial(kv_cache.run_rope_append, *parts, cos, sin, positions, pages, positions.long(), BITS, outputs)
-        return 4 * qkv.numel() + m * (2 * KV_HEADS * (HEAD_DIM // 2 + 4) + 4 * HEAD_DIM + 12), call
+        turned = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+        operands = (*parts, cos, sin, positions, pages, positions.long(), BITS, (turned, None, None))
+        call = partial(kv_cache.run_rope_append, *operands, settled=True)  # as the runtime calls it
+        read, stored = 2 * qkv.numel() + m * (4 * HEAD_DIM + 12), 2 * turned.numel()
+        return read + stored + m * 2 * KV_HEADS * (HEAD_DIM // 2 + 4), call
 
 
 def random(*shape: int) -> Tensor:

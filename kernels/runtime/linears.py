@@ -45,9 +45,6 @@ class Norm:
     weight: Tensor
     eps: float
 
-    def of(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
 
 class Linear(ABC):
     """y [M, N] of inputs [M, K], in their dtype; `fuse` runs what comes before the product, unless kernels do."""

@@ -60,7 +60,7 @@ def _likeliest(logits: Tensor) -> Tensor:
     if rows >= _ARGMAX_ROWS or parts == 1:
         return logits.argmax(-1)
     width = vocabulary // parts
-    highest, places = logits.view(rows, parts, width).max(-1)
+    highest, places = logits.reshape(rows, parts, width).max(-1)
     places = places + torch.arange(0, vocabulary, width, device=logits.device)
     return places.gather(1, highest.argmax(-1, keepdim=True)).squeeze(1)
 

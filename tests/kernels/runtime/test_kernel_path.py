@@ -18,7 +18,7 @@ from qoq.kernels.extend_batch import ExtendBatch, FlashCall
 from qoq.kernels.runtime import kernel_cache, lane_cache, weights
 from qoq.kernels.runtime.attention import DecodeStep, ExtendStep
 from qoq.kernels.runtime.config import runtime_config
-from qoq.kernels.runtime.elementwise import plain
+from qoq.kernels.runtime.elementwise import plain, rms_norm
 from qoq.kernels.runtime.engine import Engine
 from qoq.kernels.runtime.graphs import DecodeSteps
 from qoq.kernels.runtime.lane_cache import LaneCache
@@ -339,8 +339,8 @@ def test_float8_linears(function: str) -> None:
     }
     values = {
         "of": x,
-        "of_norm": norm.of(x),
-        "of_add_norm": norm.of(x + residual),
+        "of_norm": rms_norm(x, norm.weight, norm.eps),
+        "of_add_norm": rms_norm(x + residual, norm.weight, norm.eps),
         "of_silu_mul": torch.nn.functional.silu(x) * residual,
     }[function]
     found = getattr(linear, function)(*arguments[function])

@@ -13,7 +13,6 @@ DEVICE uint4 load_16_once(const void* pointer, bool valid) { return load_16(poin
 
 DEVICE int32_t load_number(const int32_t* pointer, bool valid) { return valid ? *pointer : 0; }
 DEVICE int64_t load_number(const int64_t* pointer, bool valid) { return valid ? *pointer : 0; }
-DEVICE int32_t load_hint(const int32_t* pointer) { return *pointer; }
 
 DEVICE void prefetch(const void* pointer) { emulation::check(pointer, 1, emulation::Access::kRead); }
 
