@@ -34,7 +34,8 @@ class Kernel:
             try:
                 self._module = cupy.RawModule(path=str(cubin.path))
                 function = self._module.get_function(spec.entry)
-                function.max_dynamic_shared_size_bytes = spec.shared_bytes
+                # CuPy gives the same function to all specs of a cubin: what one has asked for must not be taken back.
+                function.max_dynamic_shared_size_bytes = max(function.max_dynamic_shared_size_bytes, spec.shared_bytes)
             except cupy.cuda.driver.CUDADriverError as error:
                 raise EnvironmentProblem(
                     f"{spec.label}: the driver does not load it: {error}",

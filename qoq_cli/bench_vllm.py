@@ -93,6 +93,7 @@ _ENGINE = (
 _SPEED = re.compile(r"Throughput: [\d.]+ requests/s, [\d.]+ total tokens/s, ([\d.]+) output tokens/s")
 _COUNTS = re.compile(r"Total num (prompt|output) tokens:\s+(\d+)")
 _CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
+_ENGINE_ERROR = re.compile(r"\(EngineCore\b[^)]*\) ERROR ")
 ROOM = 64
 """Tokens of a sequence beyond prompt and answer: vLLM's random prompts can be a little longer than asked for."""
 
@@ -299,11 +300,19 @@ def _run(words: Sequence[str], log: Path, tell: Callable[[str], None]) -> str:
             process.wait()
     text = log.read_text(encoding="utf-8", errors="replace")
     if process.returncode:
+        kept = Path(tempfile.gettempdir()) / f"qoq-vllm-{process.pid}.log"
+        shutil.copyfile(log, kept)
         raise EnvironmentProblem(
-            f"vLLM ended with exit code {process.returncode}:\n{_end(text)}",
+            f"vLLM ended with exit code {process.returncode} (all it printed: {kept}):\n{cause(text)}",
             remedy=f"run it by hand: {shlex.join(words)}",
         )
     return text
+
+
+def cause(text: str) -> str:
+    """The end of what vLLM's engine told of an error, which is a process of its own; else the end of the log."""
+    told = [line for line in text.splitlines() if _ENGINE_ERROR.match(line)]
+    return _end("\n".join(told) if told else text)
 
 
 def _end(text: str, *, lines: int = 12) -> str:

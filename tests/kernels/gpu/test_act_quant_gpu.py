@@ -13,7 +13,7 @@ from qoq.formats.packing import padded_in_features
 from qoq.kernels import act_quant
 from qoq.kernels.act_oracles import add_oracle, quantize_oracle, rms_norm_oracle, silu_mul_oracle
 from qoq.kernels.act_quant import RowShape
-from qoq.kernels.launch import is_hopper
+from qoq.kernels.launch import Kernel, is_hopper
 from qoq.kernels.tiles import untile_activations
 
 pytestmark = pytest.mark.gpu
@@ -382,6 +382,22 @@ def test_small_rows_are_the_same_however_they_are_shared(gpu, operation: str, k:
     for shape in shapes:
         for found, wanted in zip(run_case(case, shape=shape, tiled=True), expected, strict=True):
             assert torch.equal(found, wanted), shape
+
+
+def test_short_rows_leave_the_kernel_of_long_rows_its_shared_memory(gpu) -> None:
+    """Both are launches of one compiled kernel, and the driver knows one limit for it."""
+    m, device = 1024, torch.cuda.current_device()
+    specs = []
+    for k in (14336, 4096):
+        shape = act_quant.row_shape("plain", k, rows=m, tiled=True, hopper=True)
+        specs.append(act_quant.spec("plain", torch.float16, shape, k, tiled=True))
+    assert specs[0].defines == specs[1].defines
+    assert specs[0].shared_bytes > specs[1].shared_bytes
+    x = hard_rows(m, 14336, torch.float16, 0).cuda()
+    expected = torch.ops.qoq.quantize_activation(x, tiled=True)
+    Kernel(specs[1], device)
+    for found, first in zip(torch.ops.qoq.quantize_activation(x, tiled=True), expected, strict=True):
+        assert torch.equal(found, first)
 
 
 @pytest.mark.parametrize("m", [1, 16, 300])

@@ -243,7 +243,8 @@ def test_a_cuda_graph_follows_the_lengths(gpu: torch.device) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "bits"), [(32, 8, 128, 4), (6, 2, 64, 8), (16, 1, 64, 4)])
 def test_a_chain_of_steps_that_overlap(gpu: torch.device, heads: int, kv_heads: int, head_dim: int, bits: int) -> None:
-    """Each appends a token and attends at once, in the order of a decode step, without a pause in between."""
+    """Each appends a token and attends at once, while the host is far ahead. Between two steps a kernel runs that was
+    launched the ordinary way, as the choice of the next token is in a decode step."""
     lens = (700, 1, 63, 64, 65, 95, 2000)
     cache = Cache(lens, kv_heads, head_dim, bits)
     pages, table = cache.pages.to(gpu), cache.table.to(gpu)
@@ -256,14 +257,17 @@ def test_a_chain_of_steps_that_overlap(gpu: torch.device, heads: int, kv_heads: 
     all_lens = torch.stack(at).int().to(gpu)
     pages_of = table.gather(1, (all_lens.t().long() - 1) // PAGE_SIZE).t()
     slots = (pages_of.long() * PAGE_SIZE + (all_lens.long() - 1) % PAGE_SIZE).contiguous()
-    before = pages.clone()
+    before, chosen = pages.clone(), torch.zeros(1, device=gpu)
     operator, scale = torch.ops.qoq.overlapping_decode_attention, head_dim**-0.5
 
     def run(*, synchronize: bool) -> list[Tensor]:
         pages.copy_(before)
         torch.cuda.synchronize()
+        if not synchronize:
+            torch.cuda._sleep(50_000_000)  # clock cycles, in which the host enqueues all steps
         found = []
         for i in range(steps):
+            chosen.add_(1)
             torch.ops.qoq.append_kv(*fresh[i], pages, slots[i], bits)
             found.append(operator(queries[i], pages, table, all_lens[i], scale, bits, 0, 1))
             if synchronize:

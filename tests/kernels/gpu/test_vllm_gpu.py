@@ -1,4 +1,7 @@
-"""vLLM with qoq's plug-in on the GPU: greedy answers are those of our own runtime but for ties, however vLLM is set up.
+"""vLLM with qoq's plug-in on the GPU: its greedy answers are those of our own runtime but for ties, in every setting.
+
+What a tie is, is measured: where 16-bit numbers are rounded otherwise, quantized codes flip. So much do our own answers
+in the other 16-bit type differ, and vLLM's may not differ by more.
 
 Engines take a minute or two to start, so those of the tests that were chosen start several at a time:
 `pytest -m gpu tests/kernels/gpu/test_vllm_gpu.py -k "g128 and (eager or graphs)"`.
@@ -27,7 +30,6 @@ from qoq.kernels.runtime.scheduler import Request
 from qoq.kernels.runtime.scoring import hidden_states
 from qoq_cli.app import app
 from qoq_cli.model_location import tiny_folder
-from tests.kernels.gpu.test_runtime_gpu import TIE
 from tests.kernels.gpu.vllm_answers import Job, Result, ask
 
 pytestmark = [
@@ -96,19 +98,24 @@ class Tiny:
         self.folder = folder
         words = ["quantize", "tiny", mode, "--samples", "2", "--seq-len", "64", "--device", "cuda", "-o", str(folder)]
         assert CliRunner().invoke(app, words, catch_exceptions=False, prog_name="qoq").exit_code == 0
-        self._engines: dict[int, Engine] = {}
+        self._engines: dict[tuple[int, torch.dtype], Engine] = {}
 
-    def engine(self, kv_bits: int) -> Engine:
-        if kv_bits not in self._engines:
+    def engine(self, kv_bits: int, dtype: torch.dtype = torch.float16) -> Engine:
+        key = kv_bits, dtype
+        if key not in self._engines:
             options = Options(
-                device="cuda", max_batch=16, max_tokens=LONGEST, kv_bits=kv_bits, memory_bytes=4 << 30
+                device="cuda", dtype=dtype, max_batch=16, max_tokens=LONGEST, kv_bits=kv_bits, memory_bytes=4 << 30
             )  # and vLLM's engines beside it
-            self._engines[kv_bits] = Engine(RuntimeModel.from_folder(self.folder, options))
-        return self._engines[kv_bits]
+            self._engines[key] = Engine(RuntimeModel.from_folder(self.folder, options))
+        return self._engines[key]
 
-    def answers(self, prompts: Sequence[list[int]], kv_bits: int) -> list[list[int]]:
-        found = self.engine(kv_bits).generate([Request(prompt, NEW) for prompt in prompts])
+    def answers(self, prompts: Sequence[list[int]], kv_bits: int, dtype: torch.dtype) -> list[list[int]]:
+        found = self.engine(kv_bits, dtype).generate([Request(prompt, NEW) for prompt in prompts])
         return [[int(token) for token in completion.tokens] for completion in found]
+
+    def noise(self, prompts: Sequence[list[int]], kv_bits: int) -> torch.Tensor:
+        """The gaps of our own answers in bfloat16."""
+        return self.gaps(prompts, self.answers(prompts, kv_bits, torch.bfloat16), kv_bits)
 
     def gaps(self, prompts: Sequence[list[int]], answers: Sequence[list[int]], kv_bits: int) -> torch.Tensor:
         """[prompts, NEW]: by how much the likeliest logit at a token's place exceeds that of the token."""
@@ -187,24 +194,33 @@ def test_answers_are_those_of_our_runtime(
     setting, model, result = SETTINGS[name], tiny(mode), served(mode, name)
     check_evidence(model, name, result)
     prompts = draw_prompts(setting.shared)[: setting.count]
-    own = model.answers(prompts, setting.kv_bits)
-    # What was set back is computed anew as a prompt: more tokens, and more that differ in 16 bits.
-    tie = 1.5 * TIE if result.metrics["vllm:num_preemptions"] else TIE
+    own = model.answers(prompts, setting.kv_bits, torch.float16)
+    noise = model.noise(prompts, setting.kv_bits)
     for turn, answers in enumerate(result.answers):
         assert [len(answer) for answer in answers] == [NEW] * len(prompts)
         gaps = model.gaps(prompts, answers, setting.kv_bits)
-        equal = float((gaps == 0).float().mean())
         identical = sum(a == b for a, b in zip(answers, own, strict=True))
         worst = int(gaps.amax(1).argmax())
         told = (
-            f"{identical} of {len(prompts)} answers identical, {equal:.2%} of tokens the likeliest; the worst is "
-            f"{gaps.max():.3f} below, in the answer to prompt {worst}, of {len(prompts[worst])} tokens"
+            f"{identical} of {len(prompts)} answers identical; {describe(gaps)}, in the answer to prompt {worst}, of "
+            f"{len(prompts[worst])} tokens; our own in bfloat16: {describe(noise)}"
         )
         record_testsuite_property(
             f"vLLM {result.version} {mode} {name} {turn}", f"{told}; {result.metrics}; {result.evidence}"
         )
-        assert float(gaps.max()) < tie, told
-        assert equal > 0.9, told
+        assert likeliest(gaps) > likeliest(noise) - 0.01, told
+        assert float(gaps.mean()) < 1.2 * float(noise.mean()), told
+        assert float(gaps.max()) < 2 * float(noise.max()), told
+
+
+def likeliest(gaps: torch.Tensor) -> float:
+    """The share of tokens that are our runtime's own choice at their place."""
+    return float((gaps == 0).float().mean())
+
+
+def describe(gaps: torch.Tensor) -> str:
+    share = f"{likeliest(gaps):.2%} of tokens the likeliest"
+    return f"{share}, the others' logits {gaps.mean():.4f} below on the average of all, at most {gaps.max():.3f}"
 
 
 def check_evidence(model: Tiny, name: str, result: Result) -> None:
