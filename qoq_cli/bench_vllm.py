@@ -33,7 +33,7 @@ from qoq_cli.model_location import tiny_folder
 from qoq_cli.progress import progress
 from qoq_cli.sizes import parse_size
 from qoq_cli.terminal import Terminal, print_text
-from qoq_cli.vllm_environment import VLLM, check_vllm
+from qoq_cli.vllm_environment import VLLM, check_vllm, environment
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ _ENGINE = (
 _SPEED = re.compile(r"Throughput: [\d.]+ requests/s, [\d.]+ total tokens/s, ([\d.]+) output tokens/s")
 _COUNTS = re.compile(r"Total num (prompt|output) tokens:\s+(\d+)")
 _CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
-_ENGINE_ERROR = re.compile(r"\(EngineCore\b[^)]*\) ERROR ")
+_ENGINE_ERROR = re.compile(r"\(EngineCore\b[^)]*\) ERROR [^\]]*\] (.*)")
 ROOM = 64
 """Tokens of a sequence beyond prompt and answer: vLLM's random prompts can be a little longer than asked for."""
 
@@ -289,7 +289,9 @@ def write_model(folder: Path, shape: ModelShape, name: str, *, max_positions: in
 def _run(words: Sequence[str], log: Path, tell: Callable[[str], None]) -> str:
     """What the command printed. Raises EnvironmentProblem when it ends with an error."""
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+        )
         try:
             while process.poll() is None:
                 tell(_end(log.read_text(encoding="utf-8", errors="replace"), lines=1))
@@ -310,9 +312,10 @@ def _run(words: Sequence[str], log: Path, tell: Callable[[str], None]) -> str:
 
 
 def cause(text: str) -> str:
-    """The end of what vLLM's engine told of an error, which is a process of its own; else the end of the log."""
-    told = [line for line in text.splitlines() if _ENGINE_ERROR.match(line)]
-    return _end("\n".join(told) if told else text)
+    """The errors that vLLM's engine told, which is a process of its own, without the places; else the log's end."""
+    told = [found[1] for line in text.splitlines() if (found := _ENGINE_ERROR.match(line))]
+    errors = [line for line in told if not line.startswith((" ", "Traceback"))]
+    return _end("\n".join(errors) or text)
 
 
 def _end(text: str, *, lines: int = 12) -> str:

@@ -10,8 +10,15 @@ from qoq.recipes.errors import EnvironmentProblem
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 """vLLM's own command line, in the environment of this process."""
+_BREAKS = "TQDM_DISABLE"
+"""With it, vLLM 0.26's generate divides by the time of a progress bar that has none. `qoq` sets it for itself."""
 _PLUGINS, _OURS = "vllm.general_plugins", "qoq"
 _INSTALL = "pip install -c constraints-vllm.txt 'qoq[vllm]'"
+
+
+def environment() -> dict[str, str]:
+    """The environment variables that VLLM is run with."""
+    return {name: value for name, value in os.environ.items() if name != _BREAKS}
 
 
 def check_vllm() -> str:

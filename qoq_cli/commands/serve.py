@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from qoq_cli.terminal import JsonOption, QuietOption, Terminal, TracebackOption, guarded, print_text
-from qoq_cli.vllm_environment import VLLM, check_vllm
+from qoq_cli.vllm_environment import VLLM, check_vllm, environment
 
 if TYPE_CHECKING:
     from qoq.formats.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def serve(
     terminal.note(shlex.join(words))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(words[0], words)  # its signals and its exit code are vLLM's from here on
+    os.execve(words[0], words, environment())  # its signals and its exit code are vLLM's from here on
 
 
 def _chosen(checkpoint: Checkpoint) -> dict[str, str]:

@@ -19,7 +19,7 @@ from qoq.recipes.shapes import find_shape
 from qoq_cli import bench_vllm
 
 FAKE = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 words = sys.argv[1:]
 options = dict(zip(words, words[1:]))
 model = pathlib.Path(options["--model"])
@@ -27,6 +27,13 @@ config = json.loads((model / "config.json").read_text())
 asked = {"words": words, "config": config, "files": sorted(path.name for path in model.iterdir())}
 with open(sys.argv[0] + ".asked", "a") as file:
     print(json.dumps(asked), file=file)
+if "TQDM_DISABLE" in os.environ:
+    sys.exit("ZeroDivisionError: division by zero")  # as vLLM 0.26, whose progress bar then has no time
+if "--engine-fails" in words:
+    print("(EngineCore pid=7) INFO 12-01 03:02:40 [core.py:340] starting")
+    print("(EngineCore pid=7) ERROR 12-01 03:02:44 [core.py:1330] Traceback (most recent call last):")
+    print("(EngineCore pid=7) ERROR 12-01 03:02:44 [core.py:1330] RuntimeError: the root cause")
+    sys.exit("RuntimeError: Engine core initialization failed. See root cause above." + 20 * "\\n  more")
 if "--fail" in words:
     sys.exit("CUDA out of memory, or so")
 ours = config.get("quantization_config", {}).get("quant_method") == "qoq"
@@ -161,6 +168,19 @@ def test_what_vllm_says_at_its_end_is_shown(fails: Any, asked: Asked, monkeypatc
     assert "exit code 1" in message
     assert "CUDA out of memory, or so" in message
     assert len(asked()) == 2
+
+
+def test_what_vllms_engine_said_is_shown_and_all_is_kept(
+    fails: Any, asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_vllm.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(bench_vllm.CONFIGURATIONS, "fp8", bench_vllm.Configuration("fp8", ("--engine-fails",)))
+    message = fails(3, "bench", "--what", "vllm", "--precision", "none", "--against", "fp8")
+    assert "RuntimeError: the root cause" in message
+    assert "See root cause above" not in message
+    (kept,) = tmp_path.glob("qoq-vllm-*.log")
+    assert kept.name in message
+    assert "See root cause above" in kept.read_text()
 
 
 @pytest.mark.parametrize(

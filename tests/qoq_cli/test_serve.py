@@ -23,8 +23,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """With a GPU, vLLM and the plug-in; what is compiled and started is recorded."""
     done: dict[str, Any] = {}
 
-    def execv(path: str, words: list[str]) -> None:
+    def execve(path: str, words: list[str], environment: dict[str, str]) -> None:
         done["started"] = (path, words)
+        done["environment"] = environment
         raise Started
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
@@ -32,7 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [SimpleNamespace(name="qoq")])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(serve, "_compile", lambda terminal, checkpoint: done.update(compiled=checkpoint.folder))
-    monkeypatch.setattr(serve.os, "execv", execv)
+    monkeypatch.setattr(serve.os, "execve", execve)
     return done
 
 
@@ -48,6 +49,8 @@ def test_it_becomes_vllm_with_the_options_that_are_vllms(
         *("--tensor-parallel-size", "2", "--port=8001"),
     ]
     assert machine["compiled"] == small_checkpoint
+    assert "PATH" in machine["environment"]
+    assert "TQDM_DISABLE" not in machine["environment"]  # vLLM divides by the time of its progress bar
 
 
 def test_a_dry_run_needs_neither_vllm_nor_a_gpu(qoq: Any, small_checkpoint: Path) -> None:
