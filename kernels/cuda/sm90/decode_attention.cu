@@ -19,7 +19,10 @@ struct BulkRing {
     int stage, parity;
 
     DEVICE void make() const {
-        if (threadIdx.x % kWarpSize < STAGES) barrier_init(barriers + 8 * (threadIdx.x % kWarpSize), 1);
+        if (threadIdx.x % kWarpSize == 0) {  // which will also expect bytes: racecheck cannot follow that to another lane
+#pragma unroll
+            for (int i = 0; i < STAGES; ++i) barrier_init(barriers + 8 * i, 1);
+        }
         barriers_made();
         __syncwarp();
     }

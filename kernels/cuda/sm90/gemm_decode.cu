@@ -92,7 +92,10 @@ extern "C" __global__ void TOGETHER __launch_bounds__(kThreads, BLOCKS_PER_SM)
 
     const uint32_t ring = shared_address(shared) + warp * kRingBytes;
     const uint32_t full = shared_address(barriers + warp * STAGES);
-    if (lane < STAGES) barrier_init(full + 8 * lane, 1);
+    if (lane == 0) {  // which will also expect bytes: racecheck cannot follow that to another lane
+#pragma unroll
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 1);
+    }
     barriers_made();
     __syncwarp();
     Weights weights;
