@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,22 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from qoq.formats.quantization_config import QUANT_METHOD
 from qoq.formats.quantization_config import QuantizationConfig as CheckpointConfig
-from qoq.kernels.vllm.cache import BACKEND, fit_memory
-from qoq.kernels.vllm.interface import cache_type, is_attention_of, logger
+from qoq.kernels.vllm.cache import BACKEND, choose_cache, fit_memory
+from qoq.kernels.vllm.interface import add_graph_pass, cache_type, is_attention_of, logger
 from qoq.recipes.errors import InputError
+
+
+def prepare(config: Any) -> None:
+    """What vLLM calls with the VllmConfig of a model, before it builds it: the cache, and what compiled graphs fuse.
+
+    Graphs are only changed where the environment has QOQ_VLLM_FUSE=1. Nothing changes for models that are not ours.
+    Raises as `choose_cache` does.
+    """
+    choose_cache(config)
+    if config.model_config.quantization == QUANT_METHOD and os.environ.get("QOQ_VLLM_FUSE") == "1":
+        from qoq.kernels.vllm.fusion import fuse_quantizers
+
+        add_graph_pass(config, fuse_quantizers)
 
 
 class QoQConfig(QuantizationConfig):  # type: ignore[misc]

@@ -18,8 +18,8 @@ def register() -> None:
     """
     logger = logging.getLogger("vllm.qoq")  # below "vllm", whose handlers show it
     try:
-        from qoq.kernels.vllm.cache import BACKEND, choose_cache
-        from qoq.kernels.vllm.config import QoQConfig
+        from qoq.kernels.vllm.cache import BACKEND
+        from qoq.kernels.vllm.config import QoQConfig, prepare
         from qoq.kernels.vllm.interface import add_backend, add_config_hook, add_method, backend_path, known_method
 
         known = known_method(QUANT_METHOD)
@@ -29,7 +29,7 @@ def register() -> None:
             if backend_path() is None:
                 add_backend(BACKEND)
             for family in all_families():
-                add_config_hook(family.architecture, choose_cache)
+                add_config_hook(family.architecture, prepare)
     except (ImportError, AttributeError) as error:
         logger.error("qoq: this version of vLLM is not supported (%s); checkpoints of qoq cannot be served", error)
         return

@@ -20,6 +20,7 @@ from tests.kernels.vllm_cases import BACKEND, vllm_config
 
 interface = import_module("qoq.kernels.vllm.interface")
 cache = import_module("qoq.kernels.vllm.cache")
+plugin_config = import_module("qoq.kernels.vllm.config")
 registry = import_module("vllm.v1.attention.backends.registry")
 specs = import_module("vllm.v1.kv_cache_interface")
 torch_utils = import_module("vllm.utils.torch_utils")
@@ -155,7 +156,7 @@ def test_every_family_has_the_hook_once() -> None:
     before = dict(interface.model_configs.MODELS_CONFIG_MAP)
     import_module("qoq.kernels.vllm.plugin").register()
     assert interface.model_configs.MODELS_CONFIG_MAP == before
-    assert all(before[family.architecture].qoq_hook is cache.choose_cache for family in all_families())
+    assert all(before[family.architecture].qoq_hook is plugin_config.prepare for family in all_families())
 
 
 def test_what_vllm_does_for_an_architecture_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +172,7 @@ def test_what_vllm_does_for_an_architecture_comes_first(tmp_path: Path, monkeypa
             seen.append(("model", config.architecture))
 
     monkeypatch.setitem(interface.model_configs.MODELS_CONFIG_MAP, "LlamaForCausalLM", Known)
-    interface.add_config_hook("LlamaForCausalLM", cache.choose_cache)
+    interface.add_config_hook("LlamaForCausalLM", plugin_config.prepare)
     config = config_of(write_checkpoint(tmp_path / "model", "llama").folder)
     assert seen == [("model", "LlamaForCausalLM"), ("Known", ("auto", None))]
     assert chosen(config) == ("int4_per_token_head", CUSTOM)

@@ -83,6 +83,7 @@ SETTINGS = {
     "older-runner-everything": Setting(EVERYTHING, OLDER_RUNNER, shared=True),
     "16-bit-cache": Setting({"kv_cache_dtype": "float16"}, kv_bits=16),  # vLLM's own cache: only the linears are ours
     "own-process": Setting(environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),  # as `vllm serve` has it
+    "fused": Setting(environment={"QOQ_VLLM_FUSE": "1"}),
     "few-sequences": Setting({"max_num_seqs": 2}, count=6),  # vLLM's warm-up then has sequences beyond max_model_len
 }
 CASES = [
@@ -241,5 +242,8 @@ def check_evidence(model: Tiny, name: str, result: Result) -> None:
     if setting.shared:
         assert result.cached_tokens[-1] > 0, result.cached_tokens
     assert ("NONE" in found["cudagraph_mode"]) == bool(setting.options.get("enforce_eager")), found
+    fused = [line for line in result.said if "are fused" in line]
+    assert bool(fused) == (name == "fused"), result.said
+    assert not any(" 0 of" in line for line in fused), fused
     if setting.environment == OLDER_RUNNER:
         assert found["runner"] == "vllm.v1.worker.gpu_model_runner", found

@@ -43,13 +43,14 @@ class Job:
 
 @dataclass
 class Result:
-    """answers and cached_tokens are of each turn, in the order of the prompts."""
+    """answers and cached_tokens are of each turn, in the order of the prompts; `said`: what the plug-in logged."""
 
     version: str
     answers: list[list[list[int]]] = field(default_factory=list)
     cached_tokens: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
 
 
 def ask(job: Job, folder: Path, environment: Mapping[str, str], timeout: float) -> Result:
@@ -74,12 +75,14 @@ def ask(job: Job, folder: Path, environment: Mapping[str, str], timeout: float) 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # an engine may be a process of its own
             process.wait()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if process.returncode or not told.is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = list(dict.fromkeys(line[:300] for line in lines if "Error" in line))[:10]
         end = [line[:300] for line in lines[-60:]]
         raise RuntimeError("\n".join([f"vLLM: {how}; {log}", "lines with errors:", *errors, "end of the log:", *end]))
-    return Result(**json.loads(told.read_text(encoding="utf-8")))
+    result = Result(**json.loads(told.read_text(encoding="utf-8")))
+    result.said = [line for line in lines if "qoq: " in line]
+    return result
 
 
 def answer(job: Job) -> Result:
