@@ -3,7 +3,8 @@
     python benchmarks/gpu_tables.py --list
     python benchmarks/gpu_tables.py products layers served-1000
 
-Each table is written when its command has ended well; one that fails leaves the file as it was, and the rest goes on.
+Each table is written when its command has ended well; one that fails leaves the file as it was, and the rest goes on,
+but for --stop.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--gpu", metavar="NAME", help="end of the files' names; by default from the GPU's own")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go (default: benchmarks/)")
+    parser.add_argument("--stop", action="store_true", help="when one fails; by default the rest goes on")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in TABLES]
     if unknown:
@@ -106,6 +108,8 @@ def main() -> int:
             print(f"{name:14} {out.name}: {TABLES[name].command.format(out=out.name)}")
         elif not make(TABLES[name], out):
             failed.append(name)
+            if arguments.stop:
+                break
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -41,3 +41,15 @@ def test_a_table_is_written_when_its_command_ends_well(tmp_path: Path) -> None:
     assert not gpu_tables.make(gpu_tables.Table("bad", "qoq bench --gpu nothing --json"), bad)
     assert bad.read_text() == "as it was"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "good.json"]
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], ["first", "second"]), (["--stop"], ["first"])])
+def test_after_a_failure_the_rest_goes_on_unless_asked_otherwise(
+    words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(gpu_tables, "TABLES", {name: gpu_tables.Table(name, "") for name in ("first", "second")})
+    monkeypatch.setattr(gpu_tables, "make", lambda table, _: bool(tried.append(table.stem)))
+    monkeypatch.setattr(sys, "argv", ["gpu_tables.py", "--gpu", "none", "--folder", str(tmp_path), *words])
+    assert gpu_tables.main() == 1
+    assert tried == expected
